@@ -1,2 +1,18 @@
-//! Codes to partial attention, and weights to products.
-pub mod weights; pub mod rope; pub mod linalg;
+//! Codes to partial attention, and weights to products. The only crate with unsafe code.
+//!
+//! ```text
+//! weights   quantized weight matrices x activations          (projections, MLP, output head)
+//! attend    queries x one block of the cache -> partial state (scores, softmax, mix)
+//! rope      rotary positions by block origin
+//! linalg    dense f32 products on strided slices
+//! dispatch  which instruction set this process uses
+//! ```
+//!
+//! Every kernel has a scalar twin that documents the mathematics; the SIMD files list only where they depart
+//! from it. Decoding codes is bit-exact between backends; only reductions have a tolerance.
+
+pub mod attend;
+pub mod dispatch;
+pub mod linalg;
+pub mod rope;
+pub mod weights;

@@ -1,5 +1,113 @@
 //! Rotary positions. One pairing everywhere: channels (2i, 2i+1) of a head turn by `position * inv_freq[i]`.
 //! Families that pair (i, i + D/2) have their q and k rows permuted when they are loaded.
-/// `inv_freq` has head_dim / 2 entries (0 for channels that do not turn).
+//!
+//! Cached keys are kept before the rotation, so a kernel turns them while it reads them. Only relative angles
+//! matter to a score, and R(n0 + j) = R(n0) R(j): the query is turned back by the block's origin n0, once per
+//! block, and the keys by their place j in the block, from one small table that stays in L1. Angles are formed
+//! in f64: in f32, `position * inv_freq` is off by 0.06 rad near position 1,000,000.
+
+use kvquant_quant::pack::BLOCK_TOKENS;
+
+/// The rotation of a model: radians per position of every channel pair.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Rope { pub inv_freq: Vec<f64> }
+pub struct Rope {
+    /// head_dim / 2 entries; 0 for pairs that do not turn.
+    pub inv_freq: Vec<f64>,
+}
+
+/// cos and sin of one position for every pair of a head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rotation {
+    /// `[head_dim / 2]`
+    pub cos: Vec<f32>,
+    /// `[head_dim / 2]`
+    pub sin: Vec<f32>,
+}
+
+/// R(j) for every place j of a block: `cos[pair * BLOCK_TOKENS + j]`, so that tokens lie along a vector.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BlockTable {
+    /// `[head_dim / 2, BLOCK_TOKENS]`
+    pub cos: Vec<f32>,
+    /// `[head_dim / 2, BLOCK_TOKENS]`
+    pub sin: Vec<f32>,
+}
+
+impl Rope {
+    /// Channels of a head.
+    pub fn head_dim(&self) -> usize {
+        2 * self.inv_freq.len()
+    }
+
+    /// cos and sin at an absolute position, exact to f32 rounding for positions of tens of millions.
+    pub fn rotation(&self, position: usize) -> Rotation {
+        let (sin, cos) = self
+            .inv_freq
+            .iter()
+            .map(|f| {
+                let (s, c) = (position as f64 * f).sin_cos();
+                (s as f32, c as f32)
+            })
+            .unzip();
+        Rotation { cos, sin }
+    }
+
+    /// The table of places inside a block.
+    pub fn block_table(&self) -> BlockTable {
+        let (sin, cos) = self
+            .inv_freq
+            .iter()
+            .flat_map(|f| (0..BLOCK_TOKENS).map(move |j| (j as f64 * f).sin_cos()))
+            .map(|(s, c)| (s as f32, c as f32))
+            .unzip();
+        BlockTable { cos, sin }
+    }
+}
+
+impl Rotation {
+    /// Turns one head `[head_dim]` forward, in place.
+    pub fn apply(&self, head: &mut [f32]) {
+        for ((pair, &c), &s) in head.chunks_exact_mut(2).zip(&self.cos).zip(&self.sin) {
+            let (x, y) = (pair[0], pair[1]);
+            pair[0] = x * c - y * s;
+            pair[1] = x * s + y * c;
+        }
+    }
+
+    /// Turns one head `[head_dim]` backward, from `head` to `out`.
+    pub fn undo(&self, head: &[f32], out: &mut [f32]) {
+        for (((pair, to), &c), &s) in head.chunks_exact(2).zip(out.chunks_exact_mut(2)).zip(&self.cos).zip(&self.sin) {
+            to[0] = pair[0] * c + pair[1] * s;
+            to[1] = pair[1] * c - pair[0] * s;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relative_angle_holds_at_ten_million() {
+        let rope = Rope { inv_freq: (0..32).map(|i| 100_000f64.powf(-(i as f64) / 32.0)).collect() };
+        let (origin, place, query) = (10_000_000usize, 37usize, 10_000_050usize);
+        let mut k: Vec<f32> = (0..64).map(|i| (i as f32 * 0.37).sin()).collect();
+        let mut q: Vec<f32> = (0..64).map(|i| (i as f32 * 0.11).cos()).collect();
+        let (k0, q0) = (k.clone(), q.clone());
+        rope.rotation(place).apply(&mut k);
+        rope.rotation(query).apply(&mut q);
+        let mut local = vec![0.0; 64];
+        rope.rotation(origin).undo(&q, &mut local);
+        let got: f64 = local.iter().zip(&k).map(|(a, b)| *a as f64 * *b as f64).sum();
+        // The same score in f64, from the relative angle alone.
+        let want: f64 = (0..32)
+            .map(|i| {
+                let (s, c) = ((query - origin - place) as f64 * rope.inv_freq[i]).sin_cos();
+                let (a, b) = (q0[2 * i] as f64, q0[2 * i + 1] as f64);
+                let (x, y) = (k0[2 * i] as f64, k0[2 * i + 1] as f64);
+                (a * c - b * s) * x + (a * s + b * c) * y
+            })
+            .sum();
+        assert!((got - want).abs() < 1e-4 * want.abs().max(1.0), "{got} {want}");
+    }
+}

@@ -1,0 +1,102 @@
+//! Queries against one block of the cache.
+//!
+//! A call takes the query rows of one KV head (all heads of its group, for one or more tokens), one block, and
+//! a [`State`] that it updates: running maximum m, sum l of exp(score - m) and output o. States of different
+//! blocks, threads or machines merge in any order.
+//!
+//! Two shapes of the same mathematics:
+//! - few rows (decode): each unit of 4 channels is dequantized into 1 KB of stack, rotated in registers and used
+//!   for all rows at once; a value's per-token scale is folded into the probabilities;
+//! - many rows (prefill): the block is dequantized once into a tile `[head_dim, 64]`, rotated, and multiplied
+//!   as a matrix.
+
+mod rows;
+mod scalar;
+mod state;
+mod view;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+
+pub use rows::Rows;
+pub use state::State;
+pub use view::{BlockView, CodedView, SideView, ViewError};
+
+use crate::dispatch::{self, DispatchError, Isa};
+use crate::rope::BlockTable;
+
+/// Rows up to which the decode shape is used; from here on dequantizing a whole tile pays.
+pub const DECODE_ROWS: usize = 16;
+
+/// The attention kernels of one instruction set. A value of this type proves that the CPU has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kernels(Backend);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Backend {
+    Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+}
+
+impl Kernels {
+    /// The best for this CPU, or what `KVQUANT_KERNEL` asks for.
+    ///
+    /// # Errors
+    /// The override is unknown or this CPU lacks it.
+    pub fn detect() -> Result<Self, DispatchError> {
+        Ok(match dispatch::isa()? {
+            // The attention kernels have no 512-bit form; such a CPU runs the 256-bit one.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 | Isa::Avx512 => Kernels(Backend::Avx2),
+            _ => Kernels(Backend::Scalar),
+        })
+    }
+
+    /// Every backend that this CPU can run, for tests over all of them.
+    pub fn available() -> Vec<Self> {
+        let mut all = vec![Kernels(Backend::Scalar)];
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+            all.push(Kernels(Backend::Avx2));
+        }
+        all
+    }
+
+    /// `scalar` or `avx2`.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Backend::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx2 => "avx2",
+        }
+    }
+
+    /// Dequantizes one side of a block into `tile` `[head_dim, 64]` (channel by channel, tokens along rows).
+    /// Places past the block's length hold 0. Bit-exact between backends.
+    pub fn dequant(self, side: &SideView<'_>, len: usize, tile: &mut [f32]) {
+        assert_eq!(tile.len(), side.head_dim() * view::TOKENS, "tile is [head_dim, 64]");
+        match self.0 {
+            Backend::Scalar => scalar::dequant(side, len, tile),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a Kernels value with this backend exists only where AVX2, FMA and F16C were detected.
+            Backend::Avx2 => unsafe { avx2::dequant(side, len, tile) },
+        }
+    }
+
+    /// Attends with `rows` to one block and folds the result into `state`.
+    ///
+    /// `table` is the rotation inside a block; it is used where the block's keys are kept before RoPE.
+    pub fn attend(self, rows: &Rows<'_>, block: &BlockView<'_>, table: &BlockTable, state: &mut State) {
+        rows.check(block, state);
+        match self.0 {
+            Backend::Scalar => scalar::attend(rows, block, table, state),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a Kernels value with this backend exists only where AVX2, FMA and F16C were detected.
+            Backend::Avx2 => unsafe { avx2::attend(rows, block, table, state) },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,43 @@
+//! The query rows of one KV head.
+
+use super::{BlockView, State};
+
+/// Query rows `[tokens * group, head_dim]`, token by token, the heads of the group inside.
+///
+/// They are rotated to their absolute positions and already scaled by 1/sqrt(head_dim).
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    /// `[tokens * group, head_dim]`
+    pub q: &'a [f32],
+    /// Query heads that share the KV head.
+    pub group: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Tokens of the block that the first query token sees; each later query token sees one more, up to the
+    /// block's length. For history that every row sees whole, the block's length.
+    pub first_visible: usize,
+}
+
+impl Rows<'_> {
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.q.len() / self.head_dim
+    }
+
+    /// Whether there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.q.is_empty()
+    }
+
+    /// Tokens of a block of `len` tokens that a row sees.
+    pub fn visible(&self, row: usize, len: usize) -> usize {
+        (self.first_visible + row / self.group).min(len)
+    }
+
+    pub(super) fn check(&self, block: &BlockView<'_>, state: &State) {
+        assert_eq!(self.q.len(), self.len() * self.head_dim, "whole rows");
+        assert_eq!(self.len(), state.rows(), "one state a row");
+        assert_eq!(self.head_dim, state.head_dim(), "rows and state agree on head_dim");
+        assert_eq!(self.head_dim, block.head_dim(), "rows and block agree on head_dim");
+    }
+}

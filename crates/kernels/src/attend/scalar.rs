@@ -1,0 +1,109 @@
+//! The mathematics, in plain loops. Every other backend must agree with this file: bit for bit in [`dequant`],
+//! within the suite's tolerance in [`attend`].
+
+use half::f16;
+use kvquant_quant::pack::{UNIT_CHANNELS, get_code};
+
+use super::view::{CodedView, TOKENS};
+use super::{BlockView, Rows, SideView, State};
+use crate::rope::BlockTable;
+
+fn half(bits: u16) -> f32 {
+    f16::from_bits(bits).to_f32()
+}
+
+/// One side of a block as f32, `tile[channel * 64 + token]`.
+pub(super) fn dequant(side: &SideView<'_>, len: usize, tile: &mut [f32]) {
+    tile.fill(0.0);
+    match side {
+        SideView::Rows { data, stride, head_dim } => {
+            for t in 0..len {
+                for c in 0..*head_dim {
+                    tile[c * TOKENS + t] = half(data[t * stride + c]);
+                }
+            }
+        }
+        SideView::Tile { data } => {
+            for (i, x) in tile.iter_mut().enumerate().filter(|(i, _)| i % TOKENS < len) {
+                *x = half(data[i]);
+            }
+        }
+        SideView::Coded(coded) => dequant_coded(coded, len, tile),
+    }
+}
+
+/// x = lut[channel][code], or x = scale[token] * lut[code] + zero[token]; plus the outlier's residual.
+fn dequant_coded(v: &CodedView<'_>, len: usize, tile: &mut [f32]) {
+    let mut first = 0;
+    for u in 0..v.head_dim / UNIT_CHANNELS {
+        for i in 0..UNIT_CHANNELS {
+            let c = u * UNIT_CHANNELS + i;
+            for t in 0..len {
+                let signpost = v.lut(c)[get_code(v.unit(u), v.bits, i, t) as usize];
+                tile[c * TOKENS + t] = if v.per_channel {
+                    signpost
+                } else {
+                    let at = c / v.group_channels * TOKENS + t;
+                    let zero = if v.zero.is_empty() { 0.0 } else { half(v.zero[at]) };
+                    half(v.scale[at]) * signpost + zero
+                };
+            }
+        }
+        let count = v.counts[u] as usize;
+        for o in first..first + count {
+            // Indices are below 256 = 4 channels x 64 tokens by their type.
+            if v.index[o] as usize % TOKENS < len {
+                tile[u * UNIT_CHANNELS * TOKENS + v.index[o] as usize] += half(v.residual[o]);
+            }
+        }
+        first += count;
+    }
+}
+
+/// Turns the keys of a tile by their place in the block.
+fn rotate(tile: &mut [f32], table: &BlockTable) {
+    for (pair, keys) in tile.chunks_exact_mut(2 * TOKENS).enumerate() {
+        let (xs, ys) = keys.split_at_mut(TOKENS);
+        for t in 0..TOKENS {
+            let (c, s) = (table.cos[pair * TOKENS + t], table.sin[pair * TOKENS + t]);
+            let (x, y) = (xs[t], ys[t]);
+            xs[t] = x * c - y * s;
+            ys[t] = x * s + y * c;
+        }
+    }
+}
+
+/// softmax(q K^T) V over the block, folded into the state.
+pub(super) fn attend(rows: &Rows<'_>, block: &BlockView<'_>, table: &BlockTable, state: &mut State) {
+    let d = rows.head_dim;
+    let mut keys = vec![0.0f32; d * TOKENS];
+    let mut values = vec![0.0f32; d * TOKENS];
+    dequant(&block.key, block.len, &mut keys);
+    dequant(&block.value, block.len, &mut values);
+    if block.origin.is_some() {
+        rotate(&mut keys, table);
+    }
+    let mut local = vec![0.0f32; d];
+    let mut weights = [0.0f32; TOKENS];
+    for (r, q) in rows.q.chunks_exact(d).enumerate() {
+        let n = rows.visible(r, block.len);
+        if n == 0 {
+            continue;
+        }
+        match block.origin {
+            Some(origin) => origin.undo(q, &mut local),
+            None => local.copy_from_slice(q),
+        }
+        for (t, w) in weights[..n].iter_mut().enumerate() {
+            *w = local.iter().enumerate().map(|(c, x)| x * keys[c * TOKENS + t]).sum();
+        }
+        let max = state.raise(r, weights[..n].iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        for w in &mut weights[..n] {
+            *w = (*w - max).exp();
+        }
+        state.sum[r] += weights[..n].iter().sum::<f32>();
+        for (c, o) in state.out[r * d..(r + 1) * d].iter_mut().enumerate() {
+            *o += weights[..n].iter().zip(&values[c * TOKENS..]).map(|(w, x)| w * x).sum::<f32>();
+        }
+    }
+}
