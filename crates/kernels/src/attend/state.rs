@@ -33,17 +33,24 @@ impl State {
 
     /// Folds the state of other tokens, for the same rows, into this one.
     pub fn merge(&mut self, other: &State) {
-        assert_eq!((self.rows(), self.head_dim), (other.rows(), other.head_dim), "states of the same rows");
-        for r in 0..self.rows() {
-            let max = self.max[r].max(other.max[r]);
+        assert_eq!(self.rows(), other.rows(), "states of the same rows");
+        self.merge_from(0, other);
+    }
+
+    /// Folds a state of the rows from `first` to the end into this one.
+    pub fn merge_from(&mut self, first: usize, other: &State) {
+        assert_eq!((self.rows(), self.head_dim), (first + other.rows(), other.head_dim), "states of the same rows");
+        for s in 0..other.rows() {
+            let r = first + s;
+            let max = self.max[r].max(other.max[s]);
             if max == f32::NEG_INFINITY {
                 continue;
             }
-            let (a, b) = ((self.max[r] - max).exp(), (other.max[r] - max).exp());
+            let (a, b) = ((self.max[r] - max).exp(), (other.max[s] - max).exp());
             self.max[r] = max;
-            self.sum[r] = self.sum[r] * a + other.sum[r] * b;
+            self.sum[r] = self.sum[r] * a + other.sum[s] * b;
             let d = self.head_dim;
-            for (o, p) in self.out[r * d..(r + 1) * d].iter_mut().zip(&other.out[r * d..(r + 1) * d]) {
+            for (o, p) in self.out[r * d..(r + 1) * d].iter_mut().zip(&other.out[s * d..(s + 1) * d]) {
                 *o = *o * a + *p * b;
             }
         }

@@ -1,1 +1,305 @@
+//! One suite over every backend that this CPU has: decoding is compared bit for bit with the scalar twin,
+//! attention with an f64 reference that shares no code with the kernels.
 
+use half::f16;
+use kvquant_quant::pack::{BLOCK_TOKENS, get_code, set_code, unit_words};
+
+use super::*;
+use crate::rope::Rope;
+
+/// Attention agrees with f64 to ATOL + RTOL * |reference|. Scores are sums of up to 256 f32 products.
+const ATOL: f64 = 2e-5;
+const RTOL: f64 = 2e-4;
+
+/// A small generator, so that failures repeat.
+struct Noise(u64);
+
+impl Noise {
+    fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+    fn unit(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+    fn below(&mut self, n: usize) -> usize {
+        (self.bits() >> 33) as usize % n
+    }
+    fn vec(&mut self, n: usize, size: f32) -> Vec<f32> {
+        (0..n).map(|_| self.unit() * size).collect()
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Form {
+    Rows,
+    Tile,
+    Static(u32),
+    /// bits, channels of a scale group (0: the whole head), zero points
+    Token(u32, usize, bool),
+}
+
+const FORMS: [Form; 12] = [
+    Form::Rows,
+    Form::Tile,
+    Form::Static(2),
+    Form::Static(3),
+    Form::Static(4),
+    Form::Token(2, 0, true),
+    Form::Token(3, 0, true),
+    Form::Token(4, 0, true),
+    Form::Token(3, 4, false),
+    Form::Token(4, 4, true),
+    Form::Token(2, 4, true),
+    Form::Token(4, 0, false),
+];
+
+/// One side with everything that its view borrows.
+struct Owned {
+    form: Form,
+    d: usize,
+    codes: Vec<u32>,
+    lut: Vec<f32>,
+    halves: Vec<u16>,
+    zero: Vec<u16>,
+    counts: Vec<u8>,
+    index: Vec<u8>,
+    residual: Vec<u16>,
+}
+
+impl Owned {
+    fn new(n: &mut Noise, form: Form, d: usize, len: usize, size: f32, outliers: usize) -> Self {
+        let mut o = Owned { form, d, codes: vec![], lut: vec![], halves: vec![], zero: vec![], counts: vec![], index: vec![], residual: vec![] };
+        let mut half = |n: &mut Noise| f16::from_f32(n.unit() * size).to_bits();
+        let (bits, group) = match form {
+            Form::Rows | Form::Tile => {
+                o.halves = (0..d * BLOCK_TOKENS).map(|_| half(n)).collect();
+                return o;
+            }
+            Form::Static(b) => (b, 0),
+            Form::Token(b, g, zero) => {
+                let g = if g == 0 { d } else { g };
+                o.halves = (0..d / g * BLOCK_TOKENS).map(|_| half(n)).collect();
+                if zero {
+                    o.zero = (0..o.halves.len()).map(|_| half(n)).collect();
+                }
+                (b, g)
+            }
+        };
+        let tables = if group == 0 { d } else { 1 };
+        o.lut = n.vec(tables << bits, if group == 0 { size } else { 1.0 });
+        o.codes = vec![0; d / 4 * unit_words(bits)];
+        for unit in o.codes.chunks_exact_mut(unit_words(bits)) {
+            for (c, t) in (0..4).flat_map(|c| (0..len).map(move |t| (c, t))) {
+                set_code(unit, bits, c, t, n.below(1 << bits) as u8);
+            }
+            let mut places: Vec<u8> = (0..n.below(outliers + 1)).map(|_| (n.below(4) * 64 + n.below(len)) as u8).collect();
+            places.sort();
+            places.dedup();
+            o.counts.push(places.len() as u8);
+            o.residual.extend(places.iter().map(|_| half(n)));
+            o.index.extend(places);
+        }
+        o
+    }
+
+    fn view(&self) -> SideView<'_> {
+        match self.form {
+            Form::Rows => SideView::Rows { data: &self.halves, stride: self.d, head_dim: self.d },
+            Form::Tile => SideView::Tile { data: &self.halves },
+            Form::Static(b) => SideView::Coded(
+                CodedView::new(b, self.d, &self.codes, &self.lut, true, &[], &[], 0, &self.counts, &self.index, &self.residual).unwrap(),
+            ),
+            Form::Token(b, g, _) => {
+                let g = if g == 0 { self.d } else { g };
+                let (s, z) = (&self.halves, &self.zero);
+                SideView::Coded(CodedView::new(b, self.d, &self.codes, &self.lut, false, s, z, g, &self.counts, &self.index, &self.residual).unwrap())
+            }
+        }
+    }
+
+    /// The value at a channel and token, from the documented layout.
+    fn at(&self, c: usize, t: usize) -> f64 {
+        let half = |b: u16| f16::from_bits(b).to_f64();
+        let (bits, scale, zero) = match self.form {
+            Form::Rows => return half(self.halves[t * self.d + c]),
+            Form::Tile => return half(self.halves[c * 64 + t]),
+            Form::Static(b) => (b, 1.0, 0.0),
+            Form::Token(b, g, z) => {
+                let at = if g == 0 { 0 } else { c / g } * 64 + t;
+                (b, half(self.halves[at]), if z { half(self.zero[at]) } else { 0.0 })
+            }
+        };
+        let unit = &self.codes[c / 4 * unit_words(bits)..][..unit_words(bits)];
+        let table = if matches!(self.form, Form::Static(_)) { &self.lut[c << bits..] } else { &self.lut[..] };
+        let mut x = scale * table[get_code(unit, bits, c % 4, t) as usize] as f64 + zero;
+        let first: usize = self.counts[..c / 4].iter().map(|&n| n as usize).sum();
+        for o in first..first + self.counts[c / 4] as usize {
+            if self.index[o] as usize == c % 4 * 64 + t {
+                x += half(self.residual[o]);
+            }
+        }
+        x
+    }
+}
+
+#[test]
+fn dequant_is_bit_exact_and_follows_the_layout() {
+    let mut n = Noise(7);
+    for form in FORMS {
+        for (d, len) in [(4, 1), (64, 64), (80, 63), (96, 9), (128, 8), (256, 31)] {
+            let side = Owned::new(&mut n, form, d, len, 3.0, 9);
+            let mut want = vec![0.0; d * 64];
+            Kernels::available()[0].dequant(&side.view(), len, &mut want);
+            for c in 0..d {
+                for t in 0..64 {
+                    let exact = if t < len { side.at(c, t) } else { 0.0 };
+                    let got = want[c * 64 + t] as f64;
+                    assert!((got - exact).abs() <= 2e-6 * exact.abs().max(1.0), "{form:?} c{c} t{t}: {got} {exact}");
+                }
+            }
+            for kernels in Kernels::available() {
+                let mut got = vec![f32::NAN; d * 64];
+                kernels.dequant(&side.view(), len, &mut got);
+                let same = got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits() || (*a == 0.0 && *b == 0.0));
+                assert!(same, "{} {form:?} head_dim {d} len {len}", kernels.name());
+            }
+        }
+    }
+}
+
+/// Attention in f64 with absolute angles.
+#[allow(clippy::too_many_arguments)]
+fn reference(q: &[f32], group: usize, visible: usize, key: &Owned, value: &Owned, len: usize, rope: Option<(&Rope, usize)>) -> Vec<f64> {
+    let d = key.d;
+    let mut out = vec![];
+    for (r, q) in q.chunks_exact(d).enumerate() {
+        let n = (visible + r / group).min(len);
+        let scores: Vec<f64> = (0..n)
+            .map(|t| {
+                let mut s = 0.0;
+                for i in 0..d / 2 {
+                    let (x, y) = (key.at(2 * i, t), key.at(2 * i + 1, t));
+                    let (x, y) = match rope {
+                        Some((rope, origin)) => {
+                            let (sin, cos) = ((origin + t) as f64 * rope.inv_freq[i]).sin_cos();
+                            (x * cos - y * sin, x * sin + y * cos)
+                        }
+                        None => (x, y),
+                    };
+                    s += q[2 * i] as f64 * x + q[2 * i + 1] as f64 * y;
+                }
+                s
+            })
+            .collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        out.extend((0..d).map(|c| if n == 0 { 0.0 } else { (0..n).map(|t| weights[t] * value.at(c, t)).sum::<f64>() / sum }));
+    }
+    out
+}
+
+fn check(kernels: Kernels, n: &mut Noise, forms: (Form, Form), d: usize, len: usize, rows: usize, group: usize, size: f32, origin: usize) {
+    let rope = Rope { inv_freq: (0..d / 2).map(|i| 100_000f64.powf(-2.0 * i as f64 / d as f64)).collect() };
+    let (key, value) = (Owned::new(n, forms.0, d, len, size, 5), Owned::new(n, forms.1, d, len, 2.0, 5));
+    let q = n.vec(rows * d, 1.0 / (d as f32).sqrt());
+    let visible = n.below(len + 1);
+    let pre = n.below(4) > 0;
+    let rotation = rope.rotation(origin);
+    let block = BlockView::new(key.view(), value.view(), len, pre.then_some(&rotation)).unwrap();
+    let query = Rows { q: &q, group, head_dim: d, first_visible: visible };
+    let mut state = State::empty(rows, d);
+    kernels.attend(&query, &block, &rope.block_table(), &mut state);
+    let want = reference(&q, group, visible, &key, &value, len, pre.then_some((&rope, origin)));
+    let mut got = vec![0.0; d];
+    for r in 0..rows {
+        state.finish(r, &mut got);
+        for c in 0..d {
+            let (g, w) = (got[c] as f64, want[r * d + c]);
+            let tolerance = ATOL * size.max(1.0) as f64 + RTOL * w.abs();
+            assert!(
+                (g - w).abs() <= tolerance,
+                "{} {forms:?} head_dim {d} len {len} rows {rows} group {group} visible {visible} pre-RoPE {pre} row {r} channel {c}: {g} {w}",
+                kernels.name()
+            );
+        }
+    }
+}
+
+#[test]
+fn attention_agrees_with_f64() {
+    for kernels in Kernels::available() {
+        let mut n = Noise(11);
+        for (i, key) in FORMS.into_iter().enumerate() {
+            let value = FORMS[(i * 5 + 3) % FORMS.len()];
+            for (d, len, rows, group) in
+                [(64, 64, 3, 3), (64, 63, 1, 1), (80, 1, 7, 7), (96, 8, 16, 4), (128, 65 - 8, 17, 1), (256, 31, 4, 4), (4, 9, 2, 1), (64, 64, 100, 3), (20, 33, 49, 7)]
+            {
+                check(kernels, &mut n, (key, value), d, len, rows, group, 1.0, 640);
+                check(kernels, &mut n, (value, key), d, len, rows, group, 1.0, 12_345);
+            }
+        }
+    }
+    for isa in [dispatch::Isa::Avx2, dispatch::Isa::Avx512, dispatch::Isa::Neon] {
+        if !Kernels::available().iter().any(|k| k.name() == isa.name()) {
+            eprintln!("skipped: no attention kernels for {} here", isa.name());
+        }
+    }
+}
+
+#[test]
+fn large_scores_and_far_positions_hold() {
+    for kernels in Kernels::available() {
+        let mut n = Noise(5);
+        for form in FORMS {
+            // Scores of hundreds: nearly all mass on one token. The tolerance grows with the keys' size.
+            check(kernels, &mut n, (form, Form::Static(3)), 64, 64, 3, 3, 60.0, 64);
+            check(kernels, &mut n, (form, Form::Static(3)), 64, 64, 30, 3, 60.0, 64);
+        }
+    }
+}
+
+#[test]
+fn states_of_parts_merge_to_the_whole() {
+    for kernels in Kernels::available() {
+        let mut n = Noise(3);
+        let rope = Rope { inv_freq: vec![0.1; 32] };
+        let table = rope.block_table();
+        let sides: Vec<_> = (0..3).map(|_| (Owned::new(&mut n, Form::Static(3), 64, 64, 2.0, 3), Owned::new(&mut n, Form::Static(4), 64, 64, 2.0, 3))).collect();
+        let q = n.vec(3 * 64, 0.3);
+        let rows = Rows { q: &q, group: 3, head_dim: 64, first_visible: 64 };
+        let (mut whole, mut merged) = (State::empty(3, 64), State::empty(3, 64));
+        for (k, v) in sides.iter().rev() {
+            let block = BlockView::new(k.view(), v.view(), 64, None).unwrap();
+            kernels.attend(&rows, &block, &table, &mut whole);
+            let mut part = State::empty(3, 64);
+            kernels.attend(&rows, &block, &table, &mut part);
+            part.merge(&merged);
+            merged = part;
+        }
+        let (mut a, mut b) = ([0.0; 64], [0.0; 64]);
+        for r in 0..3 {
+            whole.finish(r, &mut a);
+            merged.finish(r, &mut b);
+            assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() < 1e-5), "{}", kernels.name());
+        }
+    }
+}
+
+#[test]
+fn parts_that_do_not_fit_are_refused() {
+    let ok = CodedView::new(3, 8, &[0; 48], &[0.0; 64], true, &[], &[], 0, &[1, 0], &[3], &[0]);
+    assert!(ok.is_ok());
+    let short = CodedView::new(3, 8, &[0; 47], &[0.0; 64], true, &[], &[], 0, &[1, 0], &[3], &[0]);
+    assert_eq!(short.unwrap_err(), ViewError { part: "codes", expected: 48, got: 47 });
+    assert_eq!(CodedView::new(3, 8, &[0; 48], &[0.0; 64], true, &[], &[], 0, &[2, 0], &[3], &[0]).unwrap_err().part, "outlier indices");
+    assert_eq!(CodedView::new(3, 8, &[0; 48], &[0.0; 8], false, &[0; 63], &[], 8, &[0, 0], &[], &[]).unwrap_err().part, "scale");
+    assert!(CodedView::new(5, 8, &[0; 80], &[0.0; 256], true, &[], &[], 0, &[0, 0], &[], &[]).is_err());
+    let tile = [0u16; 8 * 64];
+    let (a, b) = (SideView::Tile { data: &tile }, SideView::Tile { data: &tile[..4 * 64] });
+    assert!(BlockView::new(a, b, 64, None).is_err());
+    assert!(BlockView::new(a, a, 65, None).is_err());
+}

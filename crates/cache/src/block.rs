@@ -1,0 +1,191 @@
+//! A block in any of its forms, and the exact ones.
+
+use half::f16;
+use kvquant_kernels::attend::{Kernels, SideView, ViewError};
+use kvquant_quant::pack::BLOCK_TOKENS;
+use kvquant_quant::{QuantError, Side};
+
+use crate::bytes::Bytes;
+use crate::coded::{CodedBlock, Layout, Quantizers};
+
+/// Keys and values of tokens in fp16, token by token: `[tokens, kv_heads, head_dim]`.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Rows {
+    k: Vec<u16>,
+    v: Vec<u16>,
+}
+
+/// A full block in fp16, channel by channel: `[kv_heads, head_dim, 64]`, so that tokens lie along a vector.
+#[derive(Debug, Clone)]
+pub(crate) struct Tile {
+    k: Box<[u16]>,
+    v: Box<[u16]>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum Block {
+    /// Open fp16 block, or part of the recent window.
+    Rows(Rows),
+    /// Full block of an fp16 cache.
+    Tile(Tile),
+    Coded(CodedBlock),
+}
+
+/// What keeps a token from being stored, by side.
+pub(crate) type TokenError = (Side, QuantError);
+
+fn to_half(side: Side, x: &[f32], out: &mut Vec<u16>) -> Result<(), TokenError> {
+    // f16::MAX is 65504; the comparison is false for NaN as well.
+    if let Some(channel) = x.iter().position(|v| !(v.abs() <= 65504.0)) {
+        return Err((side, QuantError::NotFinite { channel, value: x[channel] }));
+    }
+    out.extend(x.iter().map(|&v| f16::from_f32(v).to_bits()));
+    Ok(())
+}
+
+impl Rows {
+    /// Room for `tokens` tokens of `channels` channels.
+    pub fn with_room(tokens: usize, channels: usize) -> Self {
+        Rows { k: Vec::with_capacity(tokens * channels), v: Vec::with_capacity(tokens * channels) }
+    }
+
+    pub fn len(&self, channels: usize) -> usize {
+        self.v.len() / channels
+    }
+
+    /// Adds one token; nothing is kept of one that fails.
+    pub fn push(&mut self, k: &[f32], v: &[f32]) -> Result<(), TokenError> {
+        let before = self.k.len();
+        to_half(Side::Key, k, &mut self.k)?;
+        to_half(Side::Value, v, &mut self.v).inspect_err(|_| self.k.truncate(before))
+    }
+
+    pub fn truncate(&mut self, len: usize, channels: usize) {
+        self.k.truncate(len * channels);
+        self.v.truncate(len * channels);
+    }
+
+    /// One token as f32.
+    pub fn token(&self, t: usize, channels: usize, k: &mut [f32], v: &mut [f32]) {
+        for (to, from) in [(k, &self.k), (v, &self.v)] {
+            for (x, &bits) in to.iter_mut().zip(&from[t * channels..(t + 1) * channels]) {
+                *x = f16::from_bits(bits).to_f32();
+            }
+        }
+    }
+
+    pub fn views(&self, channels: usize, head_dim: usize, head: usize) -> (SideView<'_>, SideView<'_>) {
+        let side = |data| SideView::Rows { data, stride: channels, head_dim };
+        let first = (head * head_dim).min(self.v.len());
+        (side(&self.k[first..]), side(&self.v[first..]))
+    }
+
+    pub fn bytes(&self) -> usize {
+        2 * (self.k.capacity() + self.v.capacity())
+    }
+
+    /// The full block channel by channel.
+    pub fn into_tile(self, channels: usize) -> Tile {
+        let turn = |rows: &[u16]| {
+            let mut tile = vec![0; rows.len()];
+            for (t, row) in rows.chunks_exact(channels).enumerate() {
+                for (c, &x) in row.iter().enumerate() {
+                    tile[c * BLOCK_TOKENS + t] = x;
+                }
+            }
+            tile.into_boxed_slice()
+        };
+        Tile { k: turn(&self.k), v: turn(&self.v) }
+    }
+}
+
+impl Tile {
+    fn into_rows(self, channels: usize) -> Rows {
+        let turn = |tile: &[u16]| {
+            (0..BLOCK_TOKENS).flat_map(|t| (0..channels).map(move |c| tile[c * BLOCK_TOKENS + t])).collect()
+        };
+        Rows { k: turn(&self.k), v: turn(&self.v) }
+    }
+}
+
+/// What a block needs of its layer to be read.
+pub(crate) struct Context<'a> {
+    pub channels: usize,
+    pub head_dim: usize,
+    /// `None` for an fp16 cache.
+    pub codec: Option<(&'a Layout, &'a Quantizers)>,
+}
+
+impl Block {
+    pub fn len(&self, channels: usize) -> usize {
+        match self {
+            Block::Rows(r) => r.len(channels),
+            Block::Tile(_) => BLOCK_TOKENS,
+            Block::Coded(c) => c.len(),
+        }
+    }
+
+    pub fn views<'a>(&'a self, cx: &Context<'a>, head: usize) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
+        match self {
+            Block::Rows(r) => Ok(r.views(cx.channels, cx.head_dim, head)),
+            Block::Tile(t) => {
+                let n = cx.head_dim * BLOCK_TOKENS;
+                let at = head * n..(head + 1) * n;
+                Ok((SideView::Tile { data: &t.k[at.clone()] }, SideView::Tile { data: &t.v[at] }))
+            }
+            Block::Coded(c) => {
+                let (layout, quantizers) = cx.codec.expect("coded blocks exist only in a cache with quantizers");
+                c.views(layout, quantizers, head)
+            }
+        }
+    }
+
+    /// Cuts the block to `len` tokens. A coded block of a cache with a recent window becomes fp16 rows of its
+    /// decoded values, so that tokens that follow enter it exactly.
+    pub fn truncate(&mut self, cx: &Context<'_>, len: usize, window: bool) -> Result<(), ViewError> {
+        match self {
+            Block::Rows(r) => r.truncate(len, cx.channels),
+            Block::Tile(_) => {
+                let Block::Tile(tile) = std::mem::replace(self, Block::Rows(Rows::default())) else { return Ok(()) };
+                let mut rows = tile.into_rows(cx.channels);
+                rows.truncate(len, cx.channels);
+                *self = Block::Rows(rows);
+            }
+            Block::Coded(c) if window => {
+                c.truncate(cx.codec.expect("a coded block has a codec").0, len);
+                let rows = self.decoded(cx, len)?;
+                *self = Block::Rows(rows);
+            }
+            Block::Coded(c) => c.truncate(cx.codec.expect("a coded block has a codec").0, len),
+        }
+        Ok(())
+    }
+
+    fn decoded(&self, cx: &Context<'_>, len: usize) -> Result<Rows, ViewError> {
+        let (c, d) = (cx.channels, cx.head_dim);
+        let scalar = Kernels::available()[0];
+        let mut tile = vec![0.0; d * BLOCK_TOKENS];
+        let mut rows = Rows { k: vec![0; len * c], v: vec![0; len * c] };
+        for head in 0..c / d {
+            let (k, v) = self.views(cx, head)?;
+            for (view, to) in [(k, &mut rows.k), (v, &mut rows.v)] {
+                scalar.dequant(&view, len, &mut tile);
+                for t in 0..len {
+                    for i in 0..d {
+                        to[t * c + head * d + i] = f16::from_f32(tile[i * BLOCK_TOKENS + t]).to_bits();
+                    }
+                }
+            }
+        }
+        Ok(rows)
+    }
+
+    pub fn bytes(&self) -> Bytes {
+        let exact = |n| Bytes { exact: n, ..Bytes::default() };
+        match self {
+            Block::Rows(r) => exact(r.bytes()),
+            Block::Tile(t) => exact(2 * (t.k.len() + t.v.len())),
+            Block::Coded(c) => c.bytes(),
+        }
+    }
+}

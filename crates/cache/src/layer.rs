@@ -1,0 +1,189 @@
+//! One layer's history: sink rows, then blocks.
+
+use kvquant_quant::TokenCodes;
+use kvquant_quant::pack::BLOCK_TOKENS;
+
+use crate::block::{Block, Context, Rows, TokenError};
+use crate::bytes::Bytes;
+use crate::coded::{CodedBlock, Layout, Quantizers};
+
+/// How many blocks the list of a layer grows by, so that its spare room stays small.
+const GROW_BLOCKS: usize = 16;
+
+/// Codes and layouts of a layer of a quantized cache.
+#[derive(Debug)]
+pub(crate) struct Codec {
+    pub quantizers: Quantizers,
+    pub layout: Layout,
+}
+
+#[derive(Debug)]
+pub(crate) struct Layer {
+    codec: Option<Codec>,
+    channels: usize,
+    head_dim: usize,
+    sinks: usize,
+    recent: usize,
+    sink: Rows,
+    blocks: Vec<Block>,
+    len: usize,
+    key_codes: TokenCodes,
+    value_codes: TokenCodes,
+}
+
+impl Layer {
+    pub fn new(codec: Option<Codec>, channels: usize, head_dim: usize, sinks: usize, recent: usize) -> Self {
+        Layer {
+            codec,
+            channels,
+            head_dim,
+            sinks,
+            recent,
+            sink: Rows::with_room(sinks, channels),
+            blocks: Vec::new(),
+            len: 0,
+            key_codes: TokenCodes::default(),
+            value_codes: TokenCodes::default(),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn sink(&self) -> &Rows {
+        &self.sink
+    }
+
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    pub fn context(&self) -> Context<'_> {
+        Context {
+            channels: self.channels,
+            head_dim: self.head_dim,
+            codec: self.codec.as_ref().map(|c| (&c.layout, &c.quantizers)),
+        }
+    }
+
+    /// The position up to which tokens from `start` on may be appended and attended in one go, at most `end`:
+    /// no further than the open block, and no block may leave the recent window on the way. So the state that
+    /// a query sees depends on its position alone.
+    pub fn run_end(&self, start: usize, end: usize) -> usize {
+        if start < self.sinks {
+            return self.sinks.min(end);
+        }
+        let place = (start - self.sinks) % BLOCK_TOKENS;
+        let mut run = BLOCK_TOKENS - place;
+        if self.codec.is_some() && self.recent > 0 {
+            // A block is sealed for queries at places p with p - recent + 1 = 0 (mod 64).
+            let seal = (self.recent - 1) % BLOCK_TOKENS;
+            let ahead = (seal + BLOCK_TOKENS - place) % BLOCK_TOKENS;
+            if ahead > 0 {
+                run = run.min(ahead);
+            }
+        }
+        (start + run).min(end)
+    }
+
+    /// Appends one token `[kv_heads, head_dim]`.
+    pub fn push(&mut self, k: &[f32], v: &[f32]) -> Result<(), TokenError> {
+        if self.len < self.sinks {
+            self.sink.push(k, v)?;
+            self.len += 1;
+            return Ok(());
+        }
+        if (self.len - self.sinks).is_multiple_of(BLOCK_TOKENS) {
+            if self.blocks.len() == self.blocks.capacity() {
+                self.blocks.reserve_exact(GROW_BLOCKS);
+            }
+            self.blocks.push(match &self.codec {
+                Some(codec) if self.recent == 0 => Block::Coded(CodedBlock::new(&codec.layout)),
+                _ => Block::Rows(Rows::with_room(BLOCK_TOKENS, self.channels)),
+            });
+        }
+        let pushed = match (self.blocks.last_mut().expect("a block was opened above"), &self.codec) {
+            (Block::Coded(block), Some(codec)) => {
+                quantize(codec, k, v, &mut self.key_codes, &mut self.value_codes).map(|()| {
+                    block.push(&codec.layout, &self.key_codes, &self.value_codes);
+                })
+            }
+            (Block::Rows(rows), _) => rows.push(k, v),
+            _ => unreachable!("only the last block is open, and a tile or foreign block is never last and short"),
+        };
+        if let Err(e) = pushed {
+            if (self.len - self.sinks).is_multiple_of(BLOCK_TOKENS) {
+                self.blocks.pop();
+            }
+            return Err(e);
+        }
+        self.len += 1;
+        if self.codec.is_none() && (self.len - self.sinks).is_multiple_of(BLOCK_TOKENS) {
+            let last = self.blocks.last_mut().expect("a block was filled above");
+            if let Block::Rows(rows) = std::mem::replace(last, Block::Rows(Rows::default())) {
+                *last = Block::Tile(rows.into_tile(self.channels));
+            }
+        }
+        Ok(())
+    }
+
+    /// Quantizes the blocks that have left the recent window of a query at `position`.
+    pub fn seal(&mut self, position: usize) -> Result<(), TokenError> {
+        let Some(codec) = &self.codec else { return Ok(()) };
+        if self.recent == 0 || position + 1 < self.sinks + self.recent {
+            return Ok(());
+        }
+        let left = (position + 1 - self.recent - self.sinks) / BLOCK_TOKENS;
+        let (mut k, mut v) = (vec![0.0; self.channels], vec![0.0; self.channels]);
+        // Sealed blocks are a prefix: look only behind the last of them.
+        let from = self.blocks.iter().rposition(|b| matches!(b, Block::Coded(_))).map_or(0, |i| i + 1);
+        for block in self.blocks.iter_mut().take(left).skip(from) {
+            let Block::Rows(rows) = block else { continue };
+            let mut coded = CodedBlock::new(&codec.layout);
+            for t in 0..rows.len(self.channels) {
+                rows.token(t, self.channels, &mut k, &mut v);
+                quantize(codec, &k, &v, &mut self.key_codes, &mut self.value_codes)?;
+                coded.push(&codec.layout, &self.key_codes, &self.value_codes);
+            }
+            *block = Block::Coded(coded);
+        }
+        Ok(())
+    }
+
+    pub fn truncate(&mut self, len: usize) -> Result<(), kvquant_kernels::attend::ViewError> {
+        if len >= self.len {
+            return Ok(());
+        }
+        self.len = len;
+        self.sink.truncate(len.min(self.sinks), self.channels);
+        let kept = len.saturating_sub(self.sinks);
+        self.blocks.truncate(kept.div_ceil(BLOCK_TOKENS));
+        if !kept.is_multiple_of(BLOCK_TOKENS) {
+            let cx = Context {
+                channels: self.channels,
+                head_dim: self.head_dim,
+                codec: self.codec.as_ref().map(|c| (&c.layout, &c.quantizers)),
+            };
+            if let Some(last) = self.blocks.last_mut() {
+                last.truncate(&cx, kept % BLOCK_TOKENS, self.recent > 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn bytes(&self) -> Bytes {
+        let mut all = Bytes { exact: self.sink.bytes(), ..Bytes::default() };
+        for block in &self.blocks {
+            all += block.bytes();
+        }
+        all.index += self.blocks.capacity() * size_of::<Block>();
+        all
+    }
+}
+
+fn quantize(codec: &Codec, k: &[f32], v: &[f32], key: &mut TokenCodes, value: &mut TokenCodes) -> Result<(), TokenError> {
+    use kvquant_quant::Side;
+    codec.quantizers.key.quantize(k, key).map_err(|e| (Side::Key, e))?;
+    codec.quantizers.value.quantize(v, value).map_err(|e| (Side::Value, e))
+}
