@@ -1,0 +1,110 @@
+//! Decode attention over a long history of one KV head: time, bytes and the ratio to an fp16 history in the same run.
+//!
+//! `cargo bench -p kvquant-kernels --bench attend`
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use half::f16;
+use kvquant_kernels::attend::{BlockView, CodedView, Kernels, Rows, SideView, State};
+use kvquant_kernels::rope::Rope;
+use kvquant_quant::pack::{BLOCK_TOKENS, unit_words};
+
+const HEAD_DIM: usize = 64;
+const GROUP: usize = 3;
+/// 64 MB of fp16 keys and values: beyond any cache.
+const BLOCKS: usize = 4096;
+const OUTLIERS_A_UNIT: usize = 3;
+
+/// Codes of one side of all blocks, one after another.
+struct History {
+    bits: u32,
+    codes: Vec<u32>,
+    lut: Vec<f32>,
+    scale: Vec<u16>,
+    counts: Vec<u8>,
+    index: Vec<u8>,
+    residual: Vec<u16>,
+}
+
+impl History {
+    fn new(bits: u32, token_scales: bool) -> Self {
+        let units = HEAD_DIM / 4;
+        let mix = |i: usize| (i as u32).wrapping_mul(0x9E37_79B9) ^ (i as u32) << 7;
+        let tables = if token_scales { 1 } else { HEAD_DIM };
+        History {
+            bits,
+            codes: (0..BLOCKS * units * unit_words(bits)).map(mix).collect(),
+            lut: (0..tables << bits).map(|i| (i % 13) as f32 / 6.5 - 1.0).collect(),
+            scale: if token_scales { vec![f16::ONE.to_bits(); BLOCK_TOKENS] } else { vec![] },
+            counts: vec![OUTLIERS_A_UNIT as u8; units],
+            index: (0..units * OUTLIERS_A_UNIT).map(|i| mix(i) as u8).collect(),
+            residual: vec![f16::from_f32(0.5).to_bits(); units * OUTLIERS_A_UNIT],
+        }
+    }
+
+    fn view(&self, block: usize) -> SideView<'_> {
+        let words = HEAD_DIM / 4 * unit_words(self.bits);
+        let codes = &self.codes[block * words..(block + 1) * words];
+        let (s, per_channel) = (&self.scale[..], self.scale.is_empty());
+        let coded = CodedView::new(
+            self.bits,
+            HEAD_DIM,
+            codes,
+            &self.lut,
+            per_channel,
+            s,
+            s,
+            HEAD_DIM,
+            &self.counts,
+            &self.index,
+            &self.residual,
+        );
+        SideView::Coded(coded.expect("sizes follow from the constants"))
+    }
+}
+
+fn time<'a>(kernels: Kernels, block: impl Fn(usize) -> (SideView<'a>, SideView<'a>)) -> f64
+{
+    let rope = Rope { inv_freq: (0..HEAD_DIM / 2).map(|i| 100_000f64.powf(-(i as f64) / 32.0)).collect() };
+    let table = rope.block_table();
+    let origin = rope.rotation(6400);
+    let q: Vec<f32> = (0..GROUP * HEAD_DIM).map(|i| ((i * 37 % 101) as f32 / 101.0 - 0.5) * 0.1).collect();
+    let rows = Rows { q: &q, group: GROUP, head_dim: HEAD_DIM, first_visible: BLOCK_TOKENS };
+    let blocks = if kernels.name() == "scalar" { BLOCKS / 16 } else { BLOCKS };
+    let mut best = f64::INFINITY;
+    for _ in 0..5 {
+        let mut state = State::empty(GROUP, HEAD_DIM);
+        let start = Instant::now();
+        for b in 0..blocks {
+            let (k, v) = block(b);
+            let view = BlockView::new(k, v, BLOCK_TOKENS, Some(&origin)).expect("both sides are whole blocks");
+            kernels.attend(&rows, &view, &table, &mut state);
+        }
+        black_box(&state);
+        best = best.min(start.elapsed().as_secs_f64() / blocks as f64);
+    }
+    best
+}
+
+fn main() {
+    let half: Vec<u16> = (0..BLOCKS * HEAD_DIM * BLOCK_TOKENS)
+        .map(|i| f16::from_f32((i * 7919 % 2003) as f32 / 1000.0 - 1.0).to_bits())
+        .collect();
+    let tile = |b: usize| SideView::Tile { data: &half[b * HEAD_DIM * 64..(b + 1) * HEAD_DIM * 64] };
+    println!("one thread, head_dim {HEAD_DIM}, {GROUP} query heads, 1 % outliers; times for a block of 64 tokens, keys and values");
+    println!("{:8} {:12} {:>9} {:>9} {:>11} {:>14}", "backend", "cache", "us/block", "GB/s", "elements/ns", "time to fp16's");
+    for kernels in Kernels::available().into_iter().rev() {
+        let elements = (2 * HEAD_DIM * BLOCK_TOKENS) as f64;
+        let fp16 = time(kernels, |b| (tile(b), tile(b)));
+        let row = |name: &str, bits: f64, t: f64| {
+            println!("{:8} {name:12} {:9.3} {:9.2} {:11.2} {:14.2}", kernels.name(), t * 1e6, elements * bits / 8e9 / t, elements / t / 1e9, t / fp16);
+        };
+        row("fp16", 16.0, fp16);
+        for bits in [4, 3, 2] {
+            let (k, v) = (History::new(bits, false), History::new(bits, true));
+            let t = time(kernels, |b| (k.view(b), v.view(b)));
+            row(&format!("nuq{bits}-1%"), bits as f64 + 0.36, t);
+        }
+    }
+}
