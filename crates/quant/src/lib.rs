@@ -1,3 +1,22 @@
-//! Vectors to codes: cache specs, codebooks, outliers, key and value quantizers, packing, the quantizer file.
-mod spec; mod quantizer; mod file; pub mod pack;
-pub use spec::*; pub use quantizer::*; pub use file::*;
+//! Vectors to codes: cache specs, codebooks, key and value quantizers, packing, the quantizer file.
+//!
+//! ```text
+//! spec      what a cache is asked to be: `nuq3-1%+sink1`
+//! codebook  signposts in normalised units: uniform, normal-float; learned ones come from a fit
+//! side      one token's keys or values of a layer -> codes, scales, outliers (TokenCodes)
+//! pack      256 codes -> a unit of words
+//! file      fits of a model, in a safetensors file
+//! ```
+//!
+//! Method: KVQuant (arXiv 2401.18079). No unsafe code, no tensors.
+
+mod codebook;
+mod file;
+pub mod pack;
+mod side;
+mod spec;
+
+pub use codebook::{normal_float, uniform};
+pub use file::{FileError, Fingerprint, Fit, LayerFit, Provenance, Quantizer, SideFit};
+pub use side::{Lut, Outlier, QuantError, Side, SideQuantizer, TokenCodes};
+pub use spec::{CodebookKind, CodedSpec, FisherWeights, KeyStage, Scope, Spec, SpecError};

@@ -41,3 +41,33 @@ pub const fn unit_words(bits: u32) -> usize { LANES * bits as usize }
     unit[w * LANES + lane] &= !(mask << s);
     if s + bits as usize > 32 { unit[(w + 1) * LANES + lane] &= !(mask >> (32 - s)); }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_come_back_and_lie_where_the_drawing_says() {
+        for bits in 1..=7u32 {
+            let code = |c: usize, t: usize| ((c * 64 + t).wrapping_mul(0x9E37_79B1) >> 7) as u8 & ((1 << bits) - 1);
+            let mut unit = vec![0u32; unit_words(bits)];
+            for (c, t) in (0..4).flat_map(|c| (0..64).map(move |t| (c, t))) {
+                set_code(&mut unit, bits, c, t, code(c, t));
+            }
+            for (c, t) in (0..4).flat_map(|c| (0..64).map(move |t| (c, t))) {
+                assert_eq!(get_code(&unit, bits, c, t), code(c, t));
+                // Bit by bit from the lane's stream.
+                let first = (c * 8 + t / 8) * bits as usize;
+                let read = (0..bits as usize).fold(0, |x, i| {
+                    let bit = first + i;
+                    x | (unit[bit / 32 * LANES + t % 8] >> (bit % 32) & 1) << i
+                });
+                assert_eq!(read as u8, code(c, t), "bits {bits} channel {c} token {t}");
+            }
+            clear_code(&mut unit, bits, 2, 37);
+            assert_eq!(get_code(&unit, bits, 2, 37), 0);
+            assert_eq!(get_code(&unit, bits, 2, 29), code(2, 29));
+            assert_eq!(get_code(&unit, bits, 2, 45), code(2, 45));
+        }
+    }
+}

@@ -1,0 +1,452 @@
+//! One token's keys or values of a layer, to codes and back.
+
+use half::f16;
+
+use crate::codebook::{normal_float, symmetric, uniform};
+use crate::file::{LayerFit, SideFit};
+use crate::spec::{CodebookKind, CodedSpec, Scope};
+
+/// Keys or values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// Keys.
+    Key,
+    /// Values.
+    Value,
+}
+
+/// What a code decodes to.
+///
+/// Per channel: `[C][2^bits]` with scale and zero point inside, x = table[c][code].
+/// Otherwise `[2^bits]`, and x = scale * table[code] + zero with the token's fp16 scale and zero point; product and
+/// sum are rounded one by one.
+#[derive(Debug, Clone)]
+pub struct Lut {
+    /// Which of the two.
+    pub per_channel: bool,
+    /// Bits of a code.
+    pub bits: u32,
+    /// The signposts.
+    pub table: Vec<f32>,
+}
+
+/// An entry kept apart: its exact value is the dense value plus the residual.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outlier {
+    /// Channel in the token, over all heads.
+    pub channel: u16,
+    /// Exact minus dense.
+    pub residual: f16,
+}
+
+/// One token, quantized but not yet packed.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TokenCodes {
+    /// `[C]`
+    pub codes: Vec<u8>,
+    /// `[groups]`
+    pub scale: Vec<f16>,
+    /// `[groups]`, empty where scales have no zero point.
+    pub zero: Vec<f16>,
+    /// In no particular order.
+    pub outliers: Vec<Outlier>,
+}
+
+/// A token can't be quantized, or a fit does not suit the spec.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum QuantError {
+    /// NaN, infinite, or beyond fp16.
+    #[error("channel {channel} is {value}, not a finite fp16 number")]
+    NotFinite {
+        /// Channel in the token, over all heads.
+        channel: usize,
+        /// Its value.
+        value: f32,
+    },
+    /// The spec needs calibration data for this side.
+    #[error("{side:?}: the spec needs {what} from a quantizer file; make one with `kvquant calibrate`")]
+    NoFit {
+        /// Keys or values.
+        side: Side,
+        /// Thresholds or codebook.
+        what: &'static str,
+    },
+    /// Calibration data of the wrong size.
+    #[error("{side:?} {what}: {got} entries, expected {expected}")]
+    FitSize {
+        /// Keys or values.
+        side: Side,
+        /// Which data.
+        what: &'static str,
+        /// Entries it should have.
+        expected: usize,
+        /// Entries it has.
+        got: usize,
+    },
+    /// Too many channels for 16-bit channel numbers.
+    #[error("{channels} channels a token; at most 65536 are supported")]
+    TooWide {
+        /// kv_heads * head_dim
+        channels: usize,
+    },
+}
+
+/// The largest finite fp16 number.
+const F16_MAX: f32 = 65504.0;
+
+/// Quantizes one side of a layer, a token `[kv_heads * head_dim]` at a time.
+#[derive(Debug, Clone)]
+pub struct SideQuantizer {
+    channels: usize,
+    /// Signposts to encode with, sorted.
+    encode: Vec<f32>,
+    /// Midpoints between them; a value takes the lower signpost up to and including the midpoint.
+    middles: Vec<f32>,
+    lut: Lut,
+    ranges: Ranges,
+}
+
+#[derive(Debug, Clone)]
+enum Ranges {
+    /// Offline, per channel. `bounds[m][c]` is the m-th midpoint in the channel's own units.
+    Channel { lower: Vec<f32>, upper: Vec<f32>, bounds: Vec<Vec<f32>>, keep_outliers: bool },
+    /// Online, per token and group of channels; `extremes` outliers on each side.
+    Token { group: usize, extremes: usize, zero_point: bool },
+}
+
+impl SideQuantizer {
+    /// The quantizer of one side. `fit` is the layer's calibration, for specs that need one.
+    ///
+    /// # Errors
+    /// The fit is missing or of another size.
+    pub fn new(spec: &CodedSpec, side: Side, kv_heads: usize, head_dim: usize, fit: Option<&LayerFit>) -> Result<Self, QuantError> {
+        let channels = kv_heads * head_dim;
+        if channels > 1 << 16 {
+            return Err(QuantError::TooWide { channels });
+        }
+        let (scope, fit) = match side {
+            Side::Key => (spec.keys, fit.map(|f| &f.keys)),
+            Side::Value => (spec.values, fit.map(|f| &f.values)),
+        };
+        let need = |what| fit.ok_or(QuantError::NoFit { side, what });
+        let sized = |what, got: usize, expected| {
+            if got == expected { Ok(()) } else { Err(QuantError::FitSize { side, what, expected, got }) }
+        };
+        let n = 1usize << spec.bits;
+        let is_symmetric = spec.codebook == CodebookKind::Int && matches!(scope, Scope::Group(_)) && !spec.zero_point;
+        let (encode, decode) = match spec.codebook {
+            CodebookKind::Nuq => {
+                let SideFit { encode, decode, .. } = need("a codebook")?;
+                sized("codebook", encode.len(), n)?;
+                sized("decode codebook", decode.len(), n)?;
+                (encode.clone(), decode.clone())
+            }
+            CodebookKind::Int if is_symmetric => (symmetric(spec.bits), symmetric(spec.bits)),
+            CodebookKind::Int => (uniform(spec.bits), uniform(spec.bits)),
+            CodebookKind::Nf => (normal_float(spec.bits), normal_float(spec.bits)),
+        };
+        let middles: Vec<f32> = encode.windows(2).map(|w| w[0] + (w[1] - w[0]) / 2.0).collect();
+        let (ranges, table) = match scope {
+            Scope::Channel => {
+                let fit = need("thresholds")?;
+                sized("lower thresholds", fit.lower.len(), channels)?;
+                sized("upper thresholds", fit.upper.len(), channels)?;
+                let units: Vec<(f32, f32)> = fit.lower.iter().zip(&fit.upper).map(|(l, u)| ((u + l) / 2.0, (u - l) / 2.0)).collect();
+                let bounds = middles.iter().map(|m| units.iter().map(|(z, s)| z + s * m).collect()).collect();
+                let table = units.iter().flat_map(|(z, s)| decode.iter().map(move |q| z + s * q)).collect();
+                let keep_outliers = spec.outliers > 0;
+                (Ranges::Channel { lower: fit.lower.clone(), upper: fit.upper.clone(), bounds, keep_outliers }, table)
+            }
+            Scope::Token => {
+                // Paper, section 3.4: floor(share / 2 * C) + 1 on each side.
+                let extremes = if spec.outliers == 0 { 0 } else { spec.outliers as usize * channels / 20_000 + 1 };
+                (Ranges::Token { group: channels, extremes: extremes.min(channels / 2), zero_point: true }, decode)
+            }
+            Scope::Group(group) => (Ranges::Token { group, extremes: 0, zero_point: spec.zero_point }, decode),
+        };
+        let lut = Lut { per_channel: scope == Scope::Channel, bits: spec.bits, table };
+        Ok(SideQuantizer { channels, encode, middles, lut, ranges })
+    }
+
+    /// The decode table.
+    pub fn lut(&self) -> &Lut {
+        &self.lut
+    }
+
+    /// Scales per token; 0 where ranges are static.
+    pub fn groups(&self) -> usize {
+        match &self.ranges {
+            Ranges::Channel { .. } => 0,
+            Ranges::Token { group, .. } => self.channels / group,
+        }
+    }
+
+    /// Channels that share a per-token scale: all of them for token scope.
+    pub fn group_channels(&self) -> usize {
+        match &self.ranges {
+            Ranges::Channel { .. } => self.channels,
+            Ranges::Token { group, .. } => *group,
+        }
+    }
+
+    /// Whether a zero point is stored beside each scale.
+    pub fn has_zero_point(&self) -> bool {
+        matches!(self.ranges, Ranges::Token { zero_point: true, .. })
+    }
+
+    /// Quantizes a token `[C]`.
+    ///
+    /// # Errors
+    /// An entry is not a finite fp16 number.
+    pub fn quantize(&self, x: &[f32], out: &mut TokenCodes) -> Result<(), QuantError> {
+        assert_eq!(x.len(), self.channels, "a token has kv_heads * head_dim channels");
+        // One pass that vectorizes; the comparison is false for NaN as well.
+        if !x.iter().fold(true, |ok, v| ok & (v.abs() <= F16_MAX)) {
+            let channel = x.iter().position(|v| !(v.abs() <= F16_MAX)).unwrap_or(0);
+            return Err(QuantError::NotFinite { channel, value: x[channel] });
+        }
+        out.codes.clear();
+        out.codes.resize(x.len(), 0);
+        out.scale.clear();
+        out.zero.clear();
+        out.outliers.clear();
+        match &self.ranges {
+            Ranges::Channel { lower, upper, bounds, keep_outliers } => {
+                // code = number of midpoints below x
+                for bound in bounds {
+                    for ((code, x), b) in out.codes.iter_mut().zip(x).zip(bound) {
+                        *code += (x > b) as u8;
+                    }
+                }
+                if *keep_outliers {
+                    for (c, ((&v, &l), &u)) in x.iter().zip(lower).zip(upper).enumerate() {
+                        if v < l || v > u {
+                            self.keep(c, v, self.lut.table[(c << self.lut.bits) + out.codes[c] as usize], out);
+                        }
+                    }
+                }
+            }
+            Ranges::Token { group, extremes, zero_point } => {
+                for (g, part) in x.chunks_exact(*group).enumerate() {
+                    self.quantize_group(g * group, part, *extremes, *zero_point, out);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn quantize_group(&self, first: usize, x: &[f32], extremes: usize, zero_point: bool, out: &mut TokenCodes) {
+        let kept_apart = outer(x, extremes);
+        let (mut low, mut high) = (f32::INFINITY, f32::NEG_INFINITY);
+        if kept_apart.is_empty() {
+            for &v in x {
+                (low, high) = (low.min(v), high.max(v));
+            }
+        } else {
+            for (i, &v) in x.iter().enumerate().filter(|(i, _)| !kept_apart.contains(i)) {
+                debug_assert!(i < x.len());
+                (low, high) = (low.min(v), high.max(v));
+            }
+        }
+        let (scale, zero) = if zero_point {
+            // Halves first, so that the range of two large numbers can't overflow.
+            (f16::from_f32(high / 2.0 - low / 2.0), f16::from_f32(high / 2.0 + low / 2.0))
+        } else {
+            // The extreme of the larger magnitude maps to the lowest signpost, exactly.
+            let extreme = if high.abs() > low.abs() { high } else { low };
+            (f16::from_f32(extreme / self.encode[0]), f16::ZERO)
+        };
+        out.scale.push(scale);
+        if zero_point {
+            out.zero.push(zero);
+        }
+        let (s, z) = (scale.to_f32(), zero.to_f32());
+        let inverse = if s != 0.0 { 1.0 / s } else { 0.0 };
+        let codes = &mut out.codes[first..first + x.len()];
+        for m in &self.middles {
+            for (code, v) in codes.iter_mut().zip(x) {
+                *code += ((v - z) * inverse > *m) as u8;
+            }
+        }
+        for &i in &kept_apart {
+            let dense = s * self.lut.table[out.codes[first + i] as usize] + z;
+            self.keep(first + i, x[i], dense, out);
+        }
+    }
+
+    fn keep(&self, channel: usize, exact: f32, dense: f32, out: &mut TokenCodes) {
+        let residual = f16::from_f32((exact - dense).clamp(-F16_MAX, F16_MAX));
+        out.outliers.push(Outlier { channel: channel as u16, residual });
+    }
+
+    /// What a packed block must decode to, bit for bit: the scalar twin of the kernels' decoding.
+    pub fn dequantize(&self, codes: &TokenCodes, out: &mut [f32]) {
+        let n = 1usize << self.lut.bits;
+        let group = self.group_channels();
+        for (c, (x, &code)) in out.iter_mut().zip(&codes.codes).enumerate() {
+            *x = if self.lut.per_channel {
+                self.lut.table[c * n + code as usize]
+            } else {
+                let zero = codes.zero.get(c / group).map_or(0.0, |z| z.to_f32());
+                codes.scale[c / group].to_f32() * self.lut.table[code as usize] + zero
+            };
+        }
+        for o in &codes.outliers {
+            out[o.channel as usize] += o.residual.to_f32();
+        }
+    }
+}
+
+/// Indices of the `n` smallest and the `n` largest entries; of equal ones the first. Chosen by index, never by a
+/// threshold, so that ties can't add to them.
+fn outer(x: &[f32], n: usize) -> Vec<usize> {
+    let mut chosen: Vec<usize> = Vec::with_capacity(2 * n);
+    for sign in [1.0f32, -1.0] {
+        for _ in 0..n {
+            let mut best = usize::MAX;
+            let mut least = f32::INFINITY;
+            for (i, &v) in x.iter().enumerate() {
+                if sign * v < least && !chosen.contains(&i) {
+                    (best, least) = (i, sign * v);
+                }
+            }
+            chosen.push(best);
+        }
+    }
+    chosen
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Spec;
+    use proptest::prelude::*;
+
+    fn spec(s: &str) -> CodedSpec {
+        match s.parse().unwrap() {
+            Spec::Coded(c) => c,
+            Spec::Fp16 => panic!("a coded spec"),
+        }
+    }
+
+    fn fit(bits: u32, channels: usize) -> LayerFit {
+        let book: Vec<f32> = uniform(bits).iter().map(|q| q * q * q.signum()).collect();
+        let side = SideFit {
+            lower: (0..channels).map(|c| -1.0 - c as f32 / 8.0).collect(),
+            upper: (0..channels).map(|c| if c == 5 { -1.0 - 5.0 / 8.0 } else { 2.0 }).collect(),
+            encode: book.clone(),
+            decode: book,
+        };
+        LayerFit { keys: side.clone(), values: side }
+    }
+
+    fn quantizer(s: &str, side: Side) -> SideQuantizer {
+        let spec = spec(s);
+        SideQuantizer::new(&spec, side, 2, 8, Some(&fit(spec.bits, 16))).unwrap()
+    }
+
+    const SPECS: [&str; 10] =
+        ["nuq3-1%", "nuq2-1%", "nuq4", "int3-1%", "nf4-5%", "nf3+ktoken", "int4-g8", "int2-g4+asym", "nuq3-5%+ktoken", "nuq3+vchannel"];
+
+    proptest! {
+        #[test]
+        fn the_nearest_signpost_is_chosen_and_outliers_are_exact(x in prop::collection::vec(-9f32..9.0, 16)) {
+            for s in SPECS {
+                for side in [Side::Key, Side::Value] {
+                    let q = quantizer(s, side);
+                    let mut codes = TokenCodes::default();
+                    q.quantize(&x, &mut codes).unwrap();
+                    let mut back = vec![0.0; 16];
+                    q.dequantize(&codes, &mut back);
+                    for c in 0..16 {
+                        if codes.outliers.iter().any(|o| o.channel as usize == c) {
+                            prop_assert!((back[c] - x[c]).abs() <= 2e-3 * x[c].abs().max(1.0), "{} {} {}", s, back[c], x[c]);
+                            continue;
+                        }
+                        let values: Vec<f32> = (0..1usize << q.lut.bits).map(|code| {
+                            let mut other = codes.clone();
+                            other.codes[c] = code as u8;
+                            let mut all = vec![0.0; 16];
+                            q.dequantize(&other, &mut all);
+                            all[c]
+                        }).collect();
+                        let best = values.iter().map(|v| (v - x[c]).abs()).fold(f32::INFINITY, f32::min);
+                        prop_assert!((back[c] - x[c]).abs() <= best + 1e-3, "{} channel {} {} {} {:?}", s, c, x[c], back[c], values);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn token_outliers_are_the_extremes_by_index() {
+        let q = quantizer("nuq3-1%", Side::Value);
+        let mut codes = TokenCodes::default();
+        let mut x = vec![1.0; 16];
+        q.quantize(&x, &mut codes).unwrap();
+        let mut channels: Vec<_> = codes.outliers.iter().map(|o| o.channel).collect();
+        channels.sort();
+        assert_eq!(channels, [0, 1], "ties: one a side, the first by index, never more");
+        assert_eq!(codes.scale[0], f16::ZERO);
+        let mut back = vec![0.0; 16];
+        q.dequantize(&codes, &mut back);
+        assert_eq!(back, x, "a constant token is exact");
+        (x[3], x[9]) = (50.0, -40.0);
+        q.quantize(&x, &mut codes).unwrap();
+        q.dequantize(&codes, &mut back);
+        assert_eq!((codes.outliers.len(), back[3], back[9], back[0]), (2, 50.0, -40.0, 1.0));
+    }
+
+    #[test]
+    fn key_outliers_follow_the_offline_thresholds() {
+        let q = quantizer("nuq3-1%", Side::Key);
+        let mut codes = TokenCodes::default();
+        let mut x = vec![0.0; 16];
+        x[5] = -1.0 - 5.0 / 8.0;
+        q.quantize(&x, &mut codes).unwrap();
+        assert!(codes.outliers.is_empty(), "on the thresholds of a constant channel");
+        (x[2], x[5]) = (2.001, 3.0);
+        q.quantize(&x, &mut codes).unwrap();
+        let mut channels: Vec<_> = codes.outliers.iter().map(|o| o.channel).collect();
+        channels.sort();
+        assert_eq!(channels, [2, 5]);
+        let dense = quantizer("nuq3", Side::Key);
+        dense.quantize(&x, &mut codes).unwrap();
+        assert!(codes.outliers.is_empty(), "without a share, values are clamped");
+    }
+
+    #[test]
+    fn broken_input_is_refused_by_channel() {
+        for s in SPECS {
+            for bad in [f32::NAN, f32::INFINITY, -70_000.0] {
+                let mut x = vec![0.5; 16];
+                x[11] = bad;
+                let e = quantizer(s, Side::Value).quantize(&x, &mut TokenCodes::default()).unwrap_err();
+                assert!(matches!(e, QuantError::NotFinite { channel: 11, .. }));
+            }
+            let mut wide = vec![65504.0; 16];
+            wide[3] = -65504.0;
+            quantizer(s, Side::Value).quantize(&wide, &mut TokenCodes::default()).unwrap();
+        }
+        let e = SideQuantizer::new(&spec("nuq3"), Side::Key, 2, 8, None).unwrap_err();
+        assert!(e.to_string().contains("kvquant calibrate"));
+        let e = SideQuantizer::new(&spec("nuq3"), Side::Key, 2, 4, Some(&fit(3, 16))).unwrap_err();
+        assert!(matches!(e, QuantError::FitSize { expected: 8, got: 16, .. }));
+        let e = SideQuantizer::new(&spec("nuq4"), Side::Key, 2, 8, Some(&fit(3, 16))).unwrap_err();
+        assert!(matches!(e, QuantError::FitSize { expected: 16, got: 8, .. }));
+    }
+
+    #[test]
+    fn decoding_can_differ_from_encoding() {
+        let mut f = fit(2, 16);
+        f.keys.decode = f.keys.encode.iter().map(|q| 0.5 * q + 0.1).collect();
+        let q = SideQuantizer::new(&spec("nuq2+qnorm"), Side::Key, 2, 8, Some(&f)).unwrap();
+        let mut codes = TokenCodes::default();
+        q.quantize(&[2.0; 16], &mut codes).unwrap();
+        assert_eq!(codes.codes, [3; 16]);
+        let mut back = [0.0; 16];
+        q.dequantize(&codes, &mut back);
+        let (z, s) = ((2.0 - 1.0) / 2.0, (2.0 + 1.0) / 2.0);
+        assert_eq!(back[0], z + s * 0.6);
+    }
+}
