@@ -154,6 +154,9 @@ impl Cache {
                 return Err(CacheError::Length { what, expected, got });
             }
         }
+        if n == 0 {
+            return Ok(());
+        }
         let start = self.len;
         if self.layers[layer].len() != start {
             return Err(CacheError::Uneven { layer, expected: start, got: self.layers[layer].len() });
