@@ -1,0 +1,122 @@
+//! Quantized weight matrices of GGUF types, and their products with f32 activations.
+//!
+//! Weights stay as the file has them; activations are never quantized. Few rows (decode): each weight row is
+//! dequantized to an L1 buffer and multiplied at once, so that memory is read once and only the packed bytes. Many
+//! rows (prefill): tiles of weight rows are dequantized once and go through a dense f32 product. The plain loops of
+//! `blocks` are compiled twice, once for AVX2 and FMA, and chosen at run time.
+
+mod blocks;
+mod product;
+
+pub use blocks::WeightType;
+pub use product::matmul_fused;
+
+use rayon::prelude::*;
+
+/// A weight matrix can't be built.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WeightError {
+    /// A row is not a whole number of blocks.
+    #[error("{cols} columns are not a multiple of the {block} weights of a {ty} block")]
+    Columns {
+        /// Columns.
+        cols: usize,
+        /// Weights of a block.
+        block: usize,
+        /// Type name.
+        ty: &'static str,
+    },
+    /// The data's length does not follow from shape and type.
+    #[error("{rows} x {cols} weights of {ty} take {expected} bytes, got {got}")]
+    Length {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        cols: usize,
+        /// Type name.
+        ty: &'static str,
+        /// Bytes that shape and type ask for.
+        expected: usize,
+        /// Bytes that came.
+        got: usize,
+    },
+}
+
+/// A matrix `[rows = outputs, cols = inputs]`, rows contiguous.
+#[derive(Debug, Clone)]
+pub struct Weight {
+    rows: usize,
+    cols: usize,
+    ty: WeightType,
+    data: Vec<u8>,
+}
+
+impl Weight {
+    /// Takes a tensor's bytes as GGUF stores them.
+    ///
+    /// # Errors
+    /// The length does not follow from shape and type.
+    pub fn from_gguf(ty: WeightType, rows: usize, cols: usize, data: Vec<u8>) -> Result<Self, WeightError> {
+        let (weights, bytes) = ty.block();
+        if cols == 0 || !cols.is_multiple_of(weights) {
+            return Err(WeightError::Columns { cols, block: weights, ty: ty.name() });
+        }
+        let expected = (cols / weights).checked_mul(bytes).and_then(|b| b.checked_mul(rows)).unwrap_or(usize::MAX);
+        if data.len() != expected {
+            return Err(WeightError::Length { rows, cols, ty: ty.name(), expected, got: data.len() });
+        }
+        Ok(Weight { rows, cols, ty, data })
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// How the weights are stored.
+    pub fn ty(&self) -> WeightType {
+        self.ty
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    fn row(&self, row: usize) -> &[u8] {
+        let n = self.data.len() / self.rows;
+        &self.data[row * n..(row + 1) * n]
+    }
+
+    /// The same rows in another order: row i of the result is row `order[i]`.
+    pub fn permute_rows(&self, order: &[usize]) -> Self {
+        let data = order.iter().flat_map(|&r| self.row(r)).copied().collect();
+        Weight { rows: order.len(), data, ..*self }
+    }
+
+    /// One row as f32, `out` of `cols` entries.
+    pub fn dequant_row(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.cols, "a row has `cols` weights");
+        blocks::dequant(self.ty, self.row(row), out);
+    }
+
+    /// All weights as f32 `[rows, cols]`.
+    pub fn dequant(&self) -> Vec<f32> {
+        let mut all = vec![0.0; self.rows * self.cols];
+        all.par_chunks_mut(self.cols).enumerate().for_each(|(r, out)| self.dequant_row(r, out));
+        all
+    }
+
+    /// y = x W^T: x `[m, cols]`, y `[m, rows]`.
+    pub fn matmul(&self, x: &[f32], m: usize, y: &mut [f32]) {
+        matmul_fused(&[self], x, m, &mut [y]);
+    }
+}
+
+#[cfg(test)]
+mod tests;
