@@ -1,22 +1,252 @@
-//! The forward pass.
-use std::{path::Path, sync::Arc};
-use kvquant_cache::{Cache, CacheError, Prefill};
-use kvquant_kernels::{rope::Rope, weights::Weight};
-use kvquant_quant::{Fingerprint, Quantizer, Spec};
-use crate::{Config, Gguf, gguf::GgufError};
-#[derive(Debug, thiserror::Error)] pub enum ForwardError { #[error(transparent)] Cache(#[from] CacheError), #[error(transparent)] Gguf(#[from] GgufError), #[error("{0}")] Invalid(String) }
-/// One layer's weights. q and k rows are in the adjacent rope pairing.
-pub struct Layer { pub attn_norm: Vec<f32>, pub q: Weight, pub k: Weight, pub v: Weight, pub q_bias: Option<Vec<f32>>, pub k_bias: Option<Vec<f32>>, pub v_bias: Option<Vec<f32>>, pub o: Weight, pub ffn_norm: Vec<f32>, pub gate: Weight, pub up: Weight, pub down: Weight }
-pub struct Model { pub config: Config, pub embed: Arc<Weight>, pub layers: Vec<Layer>, pub final_norm: Vec<f32>, /** the embedding again when tied */ pub head: Arc<Weight>, pub rope: Arc<Rope>, pub fingerprint: Fingerprint }
-/// Which rows get logits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)] pub enum Logits { None, Last, All }
+//! The forward pass: rows of several sequences through the layers.
+
+use std::sync::Arc;
+
+use kvquant_cache::{Cache, CacheError, CacheShape, Prefill};
+use kvquant_kernels::dispatch::DispatchError;
+use kvquant_kernels::rope::Rope;
+use kvquant_kernels::weights::{Weight, matmul_fused};
+use kvquant_quant::{FileError, Fingerprint, Quantizer, Spec};
+
+use crate::config::Config;
+use crate::gguf::GgufError;
+use crate::ops::{add, add_bias, rms_norm, swiglu};
+
+/// A model can't be loaded or run.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// The cache refused.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// The file is broken or not supported.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The quantizer does not fit the model.
+    #[error(transparent)]
+    Quantizer(#[from] FileError),
+    /// The kernel override can't be followed.
+    #[error(transparent)]
+    Dispatch(#[from] DispatchError),
+    /// No tokens to run.
+    #[error("the prompt is empty; give at least one token of text")]
+    Empty,
+    /// Not in the vocabulary.
+    #[error("token {id} is beyond the vocabulary of {vocab}")]
+    Token {
+        /// Token id.
+        id: u32,
+        /// Tokens that the model has.
+        vocab: usize,
+    },
+    /// More positions than the context has.
+    #[error("{stored} tokens in the cache and {new} new ones do not fit into a context of {context}; shorten the text")]
+    ContextFull {
+        /// Tokens already there.
+        stored: usize,
+        /// Tokens to add.
+        new: usize,
+        /// Positions.
+        context: usize,
+    },
+    /// Overflow or NaN inside the model.
+    #[error("the hidden state after layer {layer} is not finite: the model's weights are broken, or it needs wider arithmetic")]
+    NotFinite {
+        /// Layer from 0.
+        layer: usize,
+    },
+    /// Sampling failed.
+    #[error(transparent)]
+    Sampling(#[from] crate::sampling::SamplingError),
+    /// The tokenizer failed.
+    #[error(transparent)]
+    Tokenizer(#[from] crate::tokenizer::TokenizerError),
+}
+
+/// One layer's weights; q and k rows in the adjacent rope pairing.
+#[derive(Debug)]
+#[allow(missing_docs)]
+pub struct Layer {
+    pub attn_norm: Vec<f32>,
+    pub q: Weight,
+    pub k: Weight,
+    pub v: Weight,
+    pub q_bias: Option<Vec<f32>>,
+    pub k_bias: Option<Vec<f32>>,
+    pub v_bias: Option<Vec<f32>>,
+    pub o: Weight,
+    pub ffn_norm: Vec<f32>,
+    pub gate: Weight,
+    pub up: Weight,
+    pub down: Weight,
+}
+
+/// A model in memory, weights as quantized in the file.
+#[derive(Debug)]
+pub struct Model {
+    /// Shape and constants.
+    pub config: Config,
+    /// Token embeddings `[vocab, hidden]`.
+    pub embed: Arc<Weight>,
+    /// Layers, first to last.
+    pub layers: Vec<Layer>,
+    /// Norm before the head `[hidden]`.
+    pub final_norm: Vec<f32>,
+    /// Output matrix `[vocab, hidden]`; the embedding again where tied.
+    pub head: Arc<Weight>,
+    /// Rotary positions.
+    pub rope: Arc<Rope>,
+    /// What quantizer files are matched against.
+    pub fingerprint: Fingerprint,
+}
+
+/// Which rows of a step get logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logits {
+    /// None: only the cache is filled.
+    None,
+    /// The last token's.
+    Last,
+    /// Every token's.
+    All,
+}
+
 /// One sequence's part in a forward pass.
-pub struct Step<'a> { pub tokens: &'a [u32], pub cache: &'a mut Cache, pub logits: Logits }
+#[derive(Debug)]
+pub struct Step<'a> {
+    /// New tokens, at positions from the cache's length on.
+    pub tokens: &'a [u32],
+    /// The sequence's history.
+    pub cache: &'a mut Cache,
+    /// Which rows get logits.
+    pub logits: Logits,
+}
+
 impl Model {
-    /// `progress(done, total)` in tensors.
-    pub fn load(_path: &Path, _progress: &mut dyn FnMut(usize, usize)) -> Result<(Self, Gguf), ForwardError> { todo!() }
-    pub fn new_cache(&self, _spec: &Spec, _quantizer: Option<&Quantizer>) -> Result<Cache, ForwardError> { todo!() }
-    /// Runs all sequences' tokens in one pass over the weights. Returns the rows asked for, in order, [rows, vocab]. On an error every cache is as before.
-    pub fn forward(&self, _steps: &mut [Step<'_>], _prefill: Prefill) -> Result<Vec<f32>, ForwardError> { todo!() }
-    pub fn weight_bytes(&self) -> usize { todo!() }
+    /// An empty cache for this model.
+    ///
+    /// # Errors
+    /// The quantizer is missing, of another model, or lacks a fit for the spec.
+    pub fn new_cache(&self, spec: &Spec, quantizer: Option<&Quantizer>) -> Result<Cache, ForwardError> {
+        if let Some(q) = quantizer {
+            q.check_model(&self.fingerprint)?;
+        }
+        Ok(Cache::new(self.cache_shape(), spec, quantizer, self.rope.clone())?)
+    }
+
+    /// The shape of the model's attention.
+    pub fn cache_shape(&self) -> CacheShape {
+        let c = &self.config;
+        CacheShape { layers: c.layers, heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim }
+    }
+
+    /// Bytes of all weights.
+    pub fn weight_bytes(&self) -> usize {
+        let layers: usize = self
+            .layers
+            .iter()
+            .map(|l| {
+                let matrices = [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down];
+                matrices.iter().map(|w| w.bytes()).sum::<usize>() + 4 * (l.attn_norm.len() + l.ffn_norm.len())
+            })
+            .sum();
+        let head = if Arc::ptr_eq(&self.embed, &self.head) { 0 } else { self.head.bytes() };
+        layers + self.embed.bytes() + head + 4 * self.final_norm.len()
+    }
+
+    /// Runs all sequences' tokens in one pass over the weights. Returns the logits asked for, step after step,
+    /// `[rows, vocab]`. On an error every cache is as before.
+    ///
+    /// # Errors
+    /// No tokens, unknown tokens, a full context, or numbers that are not finite.
+    pub fn forward(&self, steps: &mut [Step<'_>], prefill: Prefill) -> Result<Vec<f32>, ForwardError> {
+        for s in steps.iter() {
+            if s.tokens.is_empty() {
+                return Err(ForwardError::Empty);
+            }
+            if let Some(&id) = s.tokens.iter().find(|t| **t as usize >= self.config.vocab) {
+                return Err(ForwardError::Token { id, vocab: self.config.vocab });
+            }
+            let (stored, new, context) = (s.cache.len(), s.tokens.len(), self.config.context);
+            if stored + new > context {
+                return Err(ForwardError::ContextFull { stored, new, context });
+            }
+        }
+        let result = self.layers_of(steps, prefill).and_then(|x| {
+            for s in steps.iter_mut() {
+                s.cache.commit(s.tokens.len())?;
+            }
+            Ok(x)
+        });
+        match result {
+            Ok(x) => Ok(self.logits(steps, &x)),
+            Err(e) => {
+                steps.iter_mut().for_each(|s| s.cache.rollback());
+                Err(e)
+            }
+        }
+    }
+
+    /// The hidden state after the last layer, `[rows, hidden]`.
+    fn layers_of(&self, steps: &mut [Step<'_>], prefill: Prefill) -> Result<Vec<f32>, ForwardError> {
+        let c = &self.config;
+        let rows: usize = steps.iter().map(|s| s.tokens.len()).sum();
+        let (wide, narrow) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let mut x = vec![0.0; rows * c.hidden];
+        let tokens = steps.iter().flat_map(|s| s.tokens);
+        for (row, &token) in x.chunks_exact_mut(c.hidden).zip(tokens) {
+            self.embed.dequant_row(token as usize, row);
+        }
+        let mut normed = vec![0.0; rows * c.hidden];
+        let (mut q, mut attended) = (vec![0.0; rows * wide], vec![0.0; rows * wide]);
+        let (mut k, mut v) = (vec![0.0; rows * narrow], vec![0.0; rows * narrow]);
+        let (mut gate, mut up) = (vec![0.0; rows * c.intermediate], vec![0.0; rows * c.intermediate]);
+        for (i, l) in self.layers.iter().enumerate() {
+            rms_norm(&x, &l.attn_norm, c.norm_eps, &mut normed);
+            matmul_fused(&[&l.q, &l.k, &l.v], &normed, rows, &mut [&mut q, &mut k, &mut v]);
+            add_bias(&mut q, &l.q_bias);
+            add_bias(&mut k, &l.k_bias);
+            add_bias(&mut v, &l.v_bias);
+            let mut at = 0;
+            for s in steps.iter_mut() {
+                let (of_q, of_kv) = (at * wide..(at + s.tokens.len()) * wide, at * narrow..(at + s.tokens.len()) * narrow);
+                let (k, v) = (&k[of_kv.clone()], &v[of_kv]);
+                s.cache.extend(i, &q[of_q.clone()], k, v, prefill, &mut attended[of_q])?;
+                at += s.tokens.len();
+            }
+            l.o.matmul(&attended, rows, &mut normed);
+            add(&mut x, &normed);
+            rms_norm(&x, &l.ffn_norm, c.norm_eps, &mut normed);
+            matmul_fused(&[&l.gate, &l.up], &normed, rows, &mut [&mut gate, &mut up]);
+            swiglu(&mut gate, &up);
+            l.down.matmul(&gate, rows, &mut normed);
+            add(&mut x, &normed);
+            // NaN and infinity survive a sum.
+            if !x.iter().sum::<f32>().is_finite() && x.iter().any(|v| !v.is_finite()) {
+                return Err(ForwardError::NotFinite { layer: i });
+            }
+        }
+        Ok(x)
+    }
+
+    fn logits(&self, steps: &[Step<'_>], x: &[f32]) -> Vec<f32> {
+        let n = self.config.hidden;
+        let mut picked = Vec::new();
+        let mut at = 0;
+        for s in steps {
+            let end = at + s.tokens.len();
+            let first = match s.logits {
+                Logits::None => end,
+                Logits::Last => end - 1,
+                Logits::All => at,
+            };
+            picked.extend_from_slice(&x[first * n..end * n]);
+            at = end;
+        }
+        let rows = picked.len() / n;
+        let mut normed = vec![0.0; picked.len()];
+        rms_norm(&picked, &self.final_norm, self.config.norm_eps, &mut normed);
+        let mut logits = vec![0.0; rows * self.config.vocab];
+        self.head.matmul(&normed, rows, &mut logits);
+        logits
+    }
 }

@@ -1,3 +1,25 @@
-//! Ids to logits.
-pub mod gguf; pub mod tokenizer; pub mod template; pub mod config; pub mod forward; pub mod sampling; pub mod generate;
-pub use forward::{Model, Step, Logits, ForwardError}; pub use tokenizer::Tokenizer; pub use template::ChatTemplate; pub use config::Config; pub use gguf::Gguf;
+//! Ids to logits, and text around them.
+//!
+//! ```text
+//! gguf       a model file: metadata and tensors          config     what a family needs to run
+//! tokenizer  text <-> ids                                template   chat messages -> prompt text
+//! load       GGUF -> Model                               forward    ids -> logits, filling a cache
+//! sampling   logits -> next id                           generate   prompt -> streamed text
+//! pull       known models by name
+//! ```
+
+pub mod config;
+pub mod forward;
+pub mod generate;
+pub mod gguf;
+mod load;
+pub mod ops;
+pub mod sampling;
+pub mod template;
+pub mod tokenizer;
+
+pub use config::Config;
+pub use forward::{ForwardError, Layer, Logits, Model, Step};
+pub use gguf::Gguf;
+pub use template::ChatTemplate;
+pub use tokenizer::Tokenizer;
