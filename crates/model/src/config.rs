@@ -148,8 +148,9 @@ fn frequencies(g: &Gguf, arch: &str, head_dim: usize) -> Result<Vec<f64>, GgufEr
         if x > 0.0 { Ok(x) } else { Err(g.field(&k, format!("is {x}, not above 0"))) }
     };
     let base = get("freq_base", 10_000.0)?;
-    let turning = get("dimension_count", head_dim as f64)? as usize;
-    if turning > head_dim || turning % 2 == 1 {
+    let count = key("dimension_count");
+    let turning = if g.metadata.contains_key(&count) { g.uint(&count)? as usize } else { head_dim };
+    if turning == 0 || turning > head_dim || turning % 2 == 1 {
         return Err(g.field(&key("dimension_count"), format!("is {turning} of {head_dim} channels")));
     }
     if turning < head_dim && FAMILIES.iter().any(|f| f.name == arch && f.half_split_rope) {
