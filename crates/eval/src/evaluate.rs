@@ -1,0 +1,191 @@
+//! Windows of a text through several caches at once.
+
+use kvquant_cache::{Cache, Prefill};
+use kvquant_model::{ForwardError, Logits, Model, Step};
+use kvquant_quant::{Quantizer, Spec};
+
+use crate::report::{EvalResult, Report};
+use crate::score::{Score, score};
+
+/// Tokens of a forward pass with quantized prefill; results do not depend on it.
+const CHUNK: usize = 128;
+/// Tokens of a prefill chunk with exact prefill: each chunk sees itself exactly and its history through the codes.
+const EXACT_CHUNK: usize = 512;
+
+/// A text can't be evaluated.
+#[derive(Debug, thiserror::Error)]
+pub enum EvalError {
+    /// The model or a cache refused.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+    /// Not enough tokens.
+    #[error("the text has {got} tokens; {windows} windows of {ctx} from window {first} on need {need}: use a longer text, fewer windows or a smaller --ctx")]
+    TextTooShort {
+        /// Tokens of the text.
+        got: usize,
+        /// Tokens asked for.
+        need: usize,
+        /// Windows asked for.
+        windows: usize,
+        /// Tokens of a window.
+        ctx: usize,
+        /// The first window.
+        first: usize,
+    },
+    /// A window must predict something, within the model's context.
+    #[error("--ctx is {ctx}; it must be 2 to {context}, the model's context")]
+    Context {
+        /// Asked for.
+        ctx: usize,
+        /// What the model has.
+        context: usize,
+    },
+    /// No windows.
+    #[error("--windows is 0; at least one is needed")]
+    NoWindows,
+    /// The plot can't be drawn.
+    #[error("cannot draw the plot: {0}")]
+    Plot(String),
+}
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct EvalOptions {
+    /// Tokens of a window.
+    pub ctx: usize,
+    /// Windows.
+    pub windows: usize,
+    /// The first window, from 0.
+    pub first_window: usize,
+    /// What the tokens of a window see of each other.
+    pub prefill: Prefill,
+}
+
+/// A cache to be judged: the spec as the user wrote it, the spec, its quantizer.
+pub type Candidate<'a> = (String, Spec, Option<&'a Quantizer>);
+
+/// Runs windows of `ids` through every cache and an fp16 one. `progress(done, total)` counts tokens.
+///
+/// # Errors
+/// The text is too short, the window does not fit the model, or the model or a cache refused.
+pub fn evaluate(
+    model: &Model,
+    model_name: &str,
+    ids: &[u32],
+    text_name: &str,
+    candidates: &[Candidate<'_>],
+    options: &EvalOptions,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Report, EvalError> {
+    let EvalOptions { ctx, windows, first_window, prefill } = *options;
+    if ctx < 2 || ctx > model.config.context {
+        return Err(EvalError::Context { ctx, context: model.config.context });
+    }
+    if windows == 0 {
+        return Err(EvalError::NoWindows);
+    }
+    let need = first_window.saturating_add(windows).saturating_mul(ctx);
+    if ids.len() < need {
+        return Err(EvalError::TextTooShort { got: ids.len(), need, windows, ctx, first: first_window });
+    }
+    let chunk = if prefill == Prefill::Exact { EXACT_CHUNK } else { CHUNK };
+    let vocab = model.config.vocab;
+    let mut scores: Vec<Vec<Score>> = vec![Vec::new(); candidates.len()];
+    let mut reference_scores = Vec::new();
+    let mut sizes = vec![(0.0, 0.0); candidates.len()];
+    let mut done = 0;
+    for window in ids[first_window * ctx..need].chunks_exact(ctx) {
+        let mut reference = model.new_cache(&Spec::Fp16, None)?;
+        let mut caches =
+            candidates.iter().map(|(_, spec, q)| model.new_cache(spec, *q)).collect::<Result<Vec<Cache>, ForwardError>>()?;
+        let mut at = 0;
+        for tokens in window.chunks(chunk) {
+            let exact = model.forward(&mut [Step { tokens, cache: &mut reference, logits: Logits::All }], prefill)?;
+            let next: Vec<Option<u32>> = (at + 1..=at + tokens.len()).map(|i| window.get(i).copied()).collect();
+            let own = score(&exact, &exact, vocab, &next);
+            for ((cache, scores), (_, spec, _)) in caches.iter_mut().zip(&mut scores).zip(candidates) {
+                if *spec == Spec::Fp16 {
+                    // It is the reference itself: KL divergence 0, not a second run's rounding.
+                    scores.extend_from_slice(&own);
+                    continue;
+                }
+                let logits = model.forward(&mut [Step { tokens, cache, logits: Logits::All }], prefill)?;
+                scores.extend(score(&logits, &exact, vocab, &next));
+            }
+            reference_scores.extend(own);
+            at += tokens.len();
+            done += tokens.len();
+            progress(done, windows * ctx);
+        }
+        for ((size, cache), (_, spec, _)) in sizes.iter_mut().zip(&caches).zip(candidates) {
+            let cache = if *spec == Spec::Fp16 { &reference } else { cache };
+            size.0 += cache.bits_per_element() / windows as f64;
+            size.1 += cache.bytes().total() as f64 / ctx as f64 / windows as f64;
+        }
+    }
+    let fp16 = perplexity(&reference_scores);
+    let results = candidates
+        .iter()
+        .zip(&scores)
+        .zip(&sizes)
+        .map(|(((kv, _, _), scores), size)| {
+            let ppl = perplexity(scores);
+            EvalResult {
+                kv: kv.clone(),
+                bits_per_element: size.0,
+                cache_bytes_per_token: size.1,
+                ppl,
+                ppl_delta: ppl / fp16 - 1.0,
+                kld_mean: mean(scores.iter().map(|s| s.kld)),
+                kld_p999: percentile(scores.iter().map(|s| s.kld).collect(), 0.999),
+                top1_agreement: mean(scores.iter().map(|s| s.agrees as u8 as f64)),
+            }
+        })
+        .collect();
+    Ok(Report {
+        model: model_name.into(),
+        text: text_name.into(),
+        ctx,
+        windows,
+        prefill: if prefill == Prefill::Exact { "exact" } else { "quantized" }.into(),
+        results,
+    })
+}
+
+fn mean(x: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let n = x.len().max(1) as f64;
+    x.sum::<f64>() / n
+}
+
+fn perplexity(scores: &[Score]) -> f64 {
+    mean(scores.iter().map(|s| s.nll)).exp()
+}
+
+/// The smallest value that at least this share of all values does not exceed.
+fn percentile(mut x: Vec<f64>, share: f64) -> f64 {
+    if x.is_empty() {
+        return 0.0;
+    }
+    x.sort_by(f64::total_cmp);
+    x[((x.len() as f64 * share).ceil() as usize).clamp(1, x.len()) - 1]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_ranks() {
+        let x: Vec<f64> = (1..=1000).map(f64::from).collect();
+        assert_eq!(percentile(x.clone(), 0.999), 999.0);
+        assert_eq!(percentile(x, 1.0), 1000.0);
+        assert_eq!(percentile(vec![3.0, 1.0], 0.5), 1.0);
+        assert_eq!(percentile(vec![], 0.5), 0.0);
+    }
+
+    #[test]
+    fn perplexity_is_the_exponential_of_the_mean_loss() {
+        let s = |nll| Score { nll, kld: 0.0, agrees: true };
+        assert!((perplexity(&[s(1.0), s(3.0)]) - 2f64.exp()).abs() < 1e-12);
+    }
+}

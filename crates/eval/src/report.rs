@@ -1,0 +1,149 @@
+//! The one report type; its JSON is a public contract.
+
+use serde::{Deserialize, Serialize};
+
+/// What one cache did.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvalResult {
+    /// The spec as given.
+    pub kv: String,
+    /// All stored bits per key or value element, at the end of a window.
+    pub bits_per_element: f64,
+    /// All stored bytes per token, at the end of a window.
+    pub cache_bytes_per_token: f64,
+    /// Perplexity.
+    pub ppl: f64,
+    /// Perplexity over that of the fp16 cache, less 1.
+    pub ppl_delta: f64,
+    /// Mean KL divergence from the fp16 cache, in nats.
+    pub kld_mean: f64,
+    /// Its 99.9 percentile.
+    pub kld_p999: f64,
+    /// Share of positions whose most likely token is that of the fp16 cache.
+    pub top1_agreement: f64,
+}
+
+/// Several caches on one text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The model.
+    pub model: String,
+    /// The text.
+    pub text: String,
+    /// Tokens of a window.
+    pub ctx: usize,
+    /// Windows.
+    pub windows: usize,
+    /// `quantized` or `exact`.
+    pub prefill: String,
+    /// One entry a cache.
+    pub results: Vec<EvalResult>,
+}
+
+impl Report {
+    /// A Markdown table that also reads well in a terminal.
+    pub fn table(&self) -> String {
+        let head = ["cache", "bits", "bytes/token", "perplexity", "change", "mean KLD", "99.9 % KLD", "top-1"];
+        let mut rows = vec![head.map(String::from)];
+        rows.extend(self.results.iter().map(|r| {
+            [
+                r.kv.clone(),
+                format!("{:.2}", r.bits_per_element),
+                format!("{:.0}", r.cache_bytes_per_token),
+                format!("{:.3}", r.ppl),
+                format!("{:+.2} %", 100.0 * r.ppl_delta),
+                format!("{:.4}", r.kld_mean),
+                format!("{:.3}", r.kld_p999),
+                format!("{:.1} %", 100.0 * r.top1_agreement),
+            ]
+        }));
+        table(&rows)
+    }
+}
+
+/// Rows of cells, the first row the head; all but the first column are aligned to the right.
+pub fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |c: usize| rows.iter().map(|r| r[c].chars().count()).max().unwrap_or(0).max(3);
+    let mut out = String::new();
+    for (i, row) in rows.iter().enumerate() {
+        for (c, cell) in row.iter().enumerate() {
+            let pad = " ".repeat(width(c) - cell.chars().count());
+            out += &if c == 0 { format!("| {cell}{pad} ") } else { format!("| {pad}{cell} ") };
+        }
+        out += "|\n";
+        if i == 0 {
+            for c in 0..N {
+                let line = "-".repeat(width(c));
+                out += &if c == 0 { format!("| {line} ") } else { format!("| {}: ", &line[1..]) };
+            }
+            out += "|\n";
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        let r = |kv: &str, bits, kld| EvalResult {
+            kv: kv.into(),
+            bits_per_element: bits,
+            cache_bytes_per_token: 1440.0 * bits,
+            ppl: 20.0 + kld,
+            ppl_delta: kld / 20.0,
+            kld_mean: kld,
+            kld_p999: 20.0 * kld,
+            top1_agreement: 1.0 - kld,
+        };
+        Report {
+            model: "m".into(),
+            text: "t".into(),
+            ctx: 2048,
+            windows: 2,
+            prefill: "quantized".into(),
+            results: vec![r("fp16", 16.0, 0.0), r("nuq3-1%+sink1", 3.4, 0.07)],
+        }
+    }
+
+    #[test]
+    fn the_json_has_the_documented_fields() {
+        let json = serde_json::to_value(report()).unwrap();
+        let keys = |v: &serde_json::Value| v.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        let mut want = ["model", "text", "ctx", "windows", "prefill", "results"].map(String::from);
+        want.sort();
+        let mut got = keys(&json);
+        got.sort();
+        assert_eq!(got, want);
+        let mut want = [
+            "kv",
+            "bits_per_element",
+            "cache_bytes_per_token",
+            "ppl",
+            "ppl_delta",
+            "kld_mean",
+            "kld_p999",
+            "top1_agreement",
+        ]
+        .map(String::from);
+        want.sort();
+        let mut got = keys(&json["results"][1]);
+        got.sort();
+        assert_eq!(got, want);
+    }
+
+    #[test]
+    fn the_table_is_aligned() {
+        let t = report().table();
+        let lengths: Vec<usize> = t.lines().map(|l| l.chars().count()).collect();
+        assert!(lengths.windows(2).all(|w| w[0] == w[1]), "{t}");
+        assert!(t.contains("| nuq3-1%+sink1 |") && t.contains("93.0 %"), "{t}");
+    }
+
+    #[test]
+    fn the_plot_is_an_svg_with_every_cache() {
+        let svg = report().plot_svg().unwrap();
+        assert!(svg.starts_with("<svg") && svg.contains("nuq3-1%+sink1"), "{svg}");
+    }
+}
