@@ -289,18 +289,18 @@ impl Gguf {
         Ok(data)
     }
 
-    /// An error about what an entry or tensor says.
-    pub(crate) fn field(&self, field: &str, problem: impl Into<String>) -> GgufError {
-        GgufError::Content { path: self.path.clone(), field: field.into(), problem: problem.into() }
+    /// An error about a key or tensor that breaks a rule.
+    pub(crate) fn field(&self, field: &str, expected: impl Into<String>, got: impl Into<String>) -> GgufError {
+        GgufError::Field {
+            path: self.path.clone(),
+            field: field.to_owned(),
+            expected: expected.into(),
+            got: got.into(),
+        }
     }
 
     /// An error about something that this program does not do.
-    pub(crate) fn unsupported(
-        &self,
-        field: &str,
-        got: impl Into<String>,
-        supported: impl Into<String>,
-    ) -> GgufError {
+    pub(crate) fn unsupported(&self, field: &str, got: impl Into<String>, supported: impl Into<String>) -> GgufError {
         let (field, got, supported) = (field.into(), got.into(), supported.into());
         GgufError::Unsupported { path: self.path.clone(), field, got, supported }
     }

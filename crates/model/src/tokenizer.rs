@@ -1,9 +1,20 @@
 //! Text to ids and back, built from GGUF metadata.
 //!
-//! Byte-level BPE with the pre-tokenizers listed in [`PRE_TOKENIZERS`]; others are refused by name, since a wrong split
-//! gives wrong ids without an error. No beginning-of-text token is added here.
+//! Byte-level BPE with the pre-tokenizers of [`PRE_TOKENIZERS`]; any other is refused by name, since a wrong split gives
+//! wrong ids without an error. Checked id by id against an independent implementation (tests/fixtures/make_tokens.py).
+//!
+//! ```text
+//! text ── added tokens cut out ──▶ pieces ── pre-tokenizer's regex ──▶ words ── bytes as letters, merges ──▶ ids
+//! ```
+//!
+//! Added tokens are cut out here and not by the BPE library: control tokens only on request, so that text from outside
+//! can't end a turn, and without a second copy of the vocabulary.
 
-use tokenizers::models::bpe::BPE;
+mod bytes;
+mod vocab;
+
+use aho_corasick::AhoCorasick;
+use tokenizers::Tokenizer as Inner;
 use tokenizers::normalizers::unicode::NFC;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -11,16 +22,20 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::tokenizer::SplitDelimiterBehavior;
-use tokenizers::{AddedToken, Tokenizer as Inner};
 
-use crate::gguf::{Gguf, GgufError, Value};
+use crate::gguf::{Gguf, GgufError};
+use vocab::{Kind, Vocab};
 
 /// Pre-tokenizers that are understood, as `tokenizer.ggml.pre` names them.
 pub const PRE_TOKENIZERS: [&str; 4] = ["smollm", "qwen2", "gpt-2", "llama-bpe"];
 
-const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const LLAMA3: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const PRE: &str = "tokenizer.ggml.pre";
+const QWEN2: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Control tokens that end a turn, whatever the metadata call the end of text.
+const ENDS: [&str; 6] = ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>"];
 
 /// A tokenizer can't be built, or text can't be tokenized.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +43,7 @@ pub enum TokenizerError {
     /// The metadata are missing, broken or not supported.
     #[error(transparent)]
     Gguf(#[from] GgufError),
-    /// The tokenizer library refused.
+    /// The BPE library refused.
     #[error("tokenizer: cannot {operation}: {problem}")]
     Library {
         /// What was tried.
@@ -42,24 +57,46 @@ fn library(operation: &'static str) -> impl Fn(tokenizers::Error) -> TokenizerEr
     move |e| TokenizerError::Library { operation, problem: e.to_string() }
 }
 
+/// Finds added tokens in text.
+#[derive(Debug)]
+struct Finder {
+    search: AhoCorasick,
+    /// Id of every pattern.
+    ids: Vec<u32>,
+}
+
+impl Finder {
+    /// Nothing when there is nothing to find.
+    fn new(vocab: &Vocab<'_>, wanted: &[Kind]) -> Result<Option<Self>, TokenizerError> {
+        let found = || vocab.tokens.iter().zip(&vocab.kinds).zip(0u32..).filter(|((_, kind), _)| wanted.contains(kind));
+        let ids: Vec<u32> = found().map(|(_, id)| id).collect();
+        if ids.is_empty() {
+            return Ok(None);
+        }
+        let search = AhoCorasick::builder()
+            .match_kind(aho_corasick::MatchKind::LeftmostLongest)
+            .build(found().map(|((token, _), _)| token))
+            .map_err(|e| library("index the added tokens")(e.into()))?;
+        Ok(Some(Self { search, ids }))
+    }
+}
+
 /// Text to ids and back.
 #[derive(Debug)]
 pub struct Tokenizer {
-    /// Takes special tokens in text as such.
-    special: Inner,
-    /// Takes them as plain text.
-    plain: Inner,
+    /// Words to ids; knows nothing of added tokens.
+    bpe: Inner,
+    /// User-defined tokens, which are always cut out.
+    user: Option<Finder>,
+    /// User-defined and control tokens.
+    special: Option<Finder>,
     /// Bytes of every token.
     bytes: Vec<Vec<u8>>,
-    is_control: Vec<bool>,
+    kinds: Vec<Kind>,
     bos: Option<u32>,
     add_bos: bool,
     end_of_turn: Vec<u32>,
 }
-
-/// GGUF token types.
-const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
 
 impl Tokenizer {
     /// Builds the tokenizer that a model file describes.
@@ -67,99 +104,93 @@ impl Tokenizer {
     /// # Errors
     /// The kind of tokenizer is not supported (the error says what is), or the metadata are broken.
     pub fn from_gguf(g: &Gguf) -> Result<Self, TokenizerError> {
-        let model = g.str("tokenizer.ggml.model")?;
-        if model != "gpt2" {
-            return Err(g.unsupported("tokenizer.ggml.model", format!("`{model}`"), "gpt2 (byte-level BPE)").into());
+        const MODEL: &str = "tokenizer.ggml.model";
+        match g.str(MODEL)? {
+            "gpt2" => {}
+            other => return Err(g.unsupported(MODEL, other, "gpt2 (byte-level BPE)").into()),
         }
-        let pre = if g.metadata.contains_key("tokenizer.ggml.pre") { g.str("tokenizer.ggml.pre")? } else { "gpt-2" };
-        let tokens = g.strings("tokenizer.ggml.tokens")?;
-        let types = match g.metadata.get("tokenizer.ggml.token_type") {
-            Some(Value::Ints(t)) if t.len() == tokens.len() => t.clone(),
-            None => vec![1; tokens.len()],
-            Some(_) => return Err(g.field("tokenizer.ggml.token_type", "is no list of a number per token").into()),
-        };
-        let mut vocab = ahash_map(tokens.len());
-        for (id, token) in tokens.iter().enumerate() {
-            if vocab.insert(token.clone(), id as u32).is_some() {
-                return Err(g.field("tokenizer.ggml.tokens", format!("`{token}` stands twice")).into());
-            }
-        }
-        let merges = g
-            .strings("tokenizer.ggml.merges")?
-            .iter()
-            .map(|m| {
-                // A token may begin with a space only in its byte form, so the first space separates.
-                m.split_once(' ').map(|(a, b)| (a.to_string(), b.to_string()))
-            })
-            .collect::<Option<Vec<_>>>()
-            .ok_or_else(|| g.field("tokenizer.ggml.merges", "holds an entry that is not two tokens"))?;
-        let bpe = BPE::builder().vocab_and_merges(vocab, merges).build().map_err(library("build the vocabulary"))?;
-        let mut plain = Inner::new(bpe);
-        plain.with_pre_tokenizer(Some(pre_tokenizer(g, pre)?));
-        plain.with_decoder(Some(ByteLevel::default()));
+        let pre = g.str(PRE)?;
+        let vocab = Vocab::read(g)?;
+        let mut bpe = Inner::new(vocab.bpe(g, pre == "llama-bpe")?);
+        bpe.with_pre_tokenizer(Some(pre_tokenizer(g, pre)?));
         if pre == "qwen2" {
-            plain.with_normalizer(Some(NFC));
+            // As the model was trained.
+            bpe.with_normalizer(Some(NFC));
         }
-        let added = |special: bool| {
-            let of = if special { CONTROL } else { USER_DEFINED };
-            let chosen = tokens.iter().zip(&types).filter(move |(_, t)| **t == of);
-            chosen.map(move |(t, _)| AddedToken::from(t.clone(), special).normalized(false)).collect::<Vec<_>>()
-        };
-        plain.add_tokens(&added(false));
-        let mut special = plain.clone();
-        special.add_special_tokens(&added(true));
-        let id = |key: &str| match g.uint(key) {
-            Ok(id) if (id as usize) < tokens.len() => Ok(Some(id as u32)),
-            Ok(id) => Err(g.field(key, format!("is {id}, beyond {} tokens", tokens.len()))),
-            Err(_) if !g.metadata.contains_key(key) => Ok(None),
-            Err(e) => Err(e),
-        };
-        let mut end_of_turn: Vec<u32> = Vec::new();
+
+        let bos = vocab.id(g, "tokenizer.ggml.bos_token_id")?;
+        // Without the key: what each family was trained with.
+        let add_bos = g.opt_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(pre == "llama-bpe");
+        if add_bos && bos.is_none() {
+            return Err(g.field("tokenizer.ggml.bos_token_id", "an id, as add_bos_token is true", "nothing").into());
+        }
+        let mut end_of_turn = Vec::new();
         for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
-            end_of_turn.extend(id(key)?);
+            end_of_turn.extend(vocab.id(g, key)?);
         }
-        const ENDS: [&str; 5] = ["<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>"];
-        end_of_turn.extend((0..tokens.len()).filter(|&i| types[i] == CONTROL && ENDS.contains(&tokens[i].as_str())).map(|i| i as u32));
-        end_of_turn.sort();
+        let control = vocab.tokens.iter().zip(&vocab.kinds).zip(0u32..);
+        end_of_turn.extend(
+            control
+                .filter(|((token, kind), _)| **kind == Kind::Control && ENDS.contains(&token.as_str()))
+                .map(|(_, id)| id),
+        );
+        end_of_turn.sort_unstable();
         end_of_turn.dedup();
-        let bytes = tokens.iter().zip(&types).map(|(t, ty)| token_bytes(t, matches!(*ty, CONTROL | USER_DEFINED))).collect();
-        Ok(Tokenizer {
-            special,
-            plain,
-            bytes,
-            is_control: types.iter().map(|t| *t == CONTROL).collect(),
-            bos: id("tokenizer.ggml.bos_token_id")?,
-            add_bos: matches!(g.metadata.get("tokenizer.ggml.add_bos_token"), Some(Value::Bool(true))),
+
+        Ok(Self {
+            user: Finder::new(&vocab, &[Kind::UserDefined])?,
+            special: Finder::new(&vocab, &[Kind::UserDefined, Kind::Control])?,
+            bpe,
+            bytes: vocab.bytes(),
+            bos,
+            add_bos,
             end_of_turn,
+            kinds: vocab.kinds,
         })
     }
 
-    /// Ids of a text. With `special`, text such as `<|im_end|>` becomes the control token; without, it stays text.
+    /// Ids of a text. With `special`, text such as `<|im_end|>` becomes the control token; without, it stays text. No
+    /// beginning-of-text token is added. Bytes that a vocabulary lacks (SmolLM2 has no U+0004) leave no id, as in the
+    /// reference implementations.
     ///
     /// # Errors
     /// The library refused.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
-        let inner = if special { &self.special } else { &self.plain };
-        Ok(inner.encode_fast(text, false).map_err(library("tokenize"))?.get_ids().to_vec())
+        let mut ids = Vec::new();
+        let mut from = 0;
+        if let Some(finder) = if special { &self.special } else { &self.user } {
+            for found in finder.search.find_iter(text) {
+                self.words(&text[from..found.start()], &mut ids)?;
+                ids.push(finder.ids[found.pattern()]);
+                from = found.end();
+            }
+        }
+        self.words(&text[from..], &mut ids)?;
+        Ok(ids)
     }
 
-    /// Text of ids; bytes that are no UTF-8 become U+FFFD.
+    fn words(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+        if !text.is_empty() {
+            ids.extend(self.bpe.encode_fast(text, false).map_err(library("tokenize"))?.get_ids());
+        }
+        Ok(())
+    }
+
+    /// Text of ids; bytes that are no UTF-8 become U+FFFD. `skip_special` leaves control tokens out. Ids beyond the
+    /// vocabulary have no text.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
-        let bytes: Vec<u8> = ids
-            .iter()
-            .filter(|id| !(skip_special && self.is_control.get(**id as usize).copied().unwrap_or(true)))
-            .flat_map(|id| self.token_bytes(*id))
-            .copied()
-            .collect();
+        let control = |id: u32| self.kinds.get(id as usize) == Some(&Kind::Control);
+        let shown = ids.iter().filter(|id| !(skip_special && control(**id)));
+        let bytes: Vec<u8> = shown.flat_map(|id| self.token_bytes(*id)).copied().collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// The bytes of one token; a character may be split over several. Empty for unknown ids.
+    /// The bytes of one token; a character may be split over several. Empty for an id beyond the vocabulary.
     pub fn token_bytes(&self, id: u32) -> &[u8] {
         self.bytes.get(id as usize).map_or(&[], Vec::as_slice)
     }
 
-    /// Number of tokens.
+    /// Number of ids.
     pub fn vocab_size(&self) -> usize {
         self.bytes.len()
     }
@@ -174,61 +205,27 @@ impl Tokenizer {
         self.add_bos
     }
 
-    /// Ids that end an answer.
+    /// Ids that end a turn, ascending.
     pub fn end_of_turn(&self) -> &[u32] {
         &self.end_of_turn
     }
 }
 
-fn ahash_map(n: usize) -> tokenizers::models::bpe::Vocab {
-    let mut map = tokenizers::models::bpe::Vocab::default();
-    map.reserve(n);
-    map
-}
-
 fn pre_tokenizer(g: &Gguf, pre: &str) -> Result<PreTokenizerWrapper, TokenizerError> {
     let split = |pattern: &str| {
-        let pattern = SplitPattern::Regex(pattern.into());
-        Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map(PreTokenizerWrapper::from).map_err(library("build the split"))
+        let pattern = SplitPattern::Regex(pattern.to_owned());
+        Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
+            .map(PreTokenizerWrapper::from)
+            .map_err(library("build the split"))
     };
-    // Byte-level mapping, with or without GPT-2's own split.
-    let bytes = |regex: bool| PreTokenizerWrapper::from(ByteLevel::new(false, true, regex));
+    // Bytes as letters, with or without GPT-2's own split before it.
+    let letters = |split: bool| PreTokenizerWrapper::from(ByteLevel::new(false, true, split));
     let parts = match pre {
-        "smollm" => vec![Digits::new(true).into(), bytes(true)],
-        "qwen2" => vec![split(QWEN2)?, bytes(false)],
-        "gpt-2" | "default" => vec![bytes(true)],
-        "llama-bpe" | "llama3" => vec![split(LLAMA3)?, bytes(false)],
-        other => return Err(g.unsupported("tokenizer.ggml.pre", format!("`{other}`"), PRE_TOKENIZERS.join(", ")).into()),
+        "smollm" => vec![Digits::new(true).into(), letters(true)],
+        "qwen2" => vec![split(QWEN2)?, letters(false)],
+        "gpt-2" => vec![letters(true)],
+        "llama-bpe" => vec![split(LLAMA3)?, letters(false)],
+        other => return Err(g.unsupported(PRE, other, PRE_TOKENIZERS.join(", ")).into()),
     };
     Ok(Sequence::new(parts).into())
-}
-
-/// Byte-level tokens spell each byte as a printable character: printable ones as themselves, the others in order from
-/// U+0100 on (GPT-2). Added tokens are plain text.
-fn token_bytes(token: &str, added: bool) -> Vec<u8> {
-    if added {
-        return token.as_bytes().to_vec();
-    }
-    let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let others: Vec<u8> = (0..=255u8).filter(|b| !printable(*b)).collect();
-    let mut bytes = Vec::with_capacity(token.len());
-    for ch in token.chars() {
-        match ch as u32 {
-            c if c < 256 && printable(c as u8) => bytes.push(c as u8),
-            c if (256..256 + others.len() as u32).contains(&c) => bytes.push(others[c as usize - 256]),
-            _ => bytes.extend_from_slice(ch.encode_utf8(&mut [0; 4]).as_bytes()),
-        }
-    }
-    bytes
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn byte_characters_map_back() {
-        assert_eq!(super::token_bytes("Ġa", false), b" a");
-        assert_eq!(super::token_bytes("Ċ", false), b"\n");
-        assert_eq!(super::token_bytes("Ã©", false), "é".as_bytes());
-        assert_eq!(super::token_bytes("<|im_end|>", true), b"<|im_end|>");
-    }
 }

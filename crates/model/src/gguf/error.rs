@@ -90,16 +90,6 @@ pub enum GgufError {
         /// What is there.
         got: String,
     },
-    /// An entry or tensor contradicts itself or another.
-    #[error("{path}: {field} {problem}; fetch or convert the file again", path = .path.display())]
-    Content {
-        /// The file.
-        path: PathBuf,
-        /// Which entry or tensor.
-        field: String,
-        /// What is wrong with it.
-        problem: String,
-    },
     /// The model needs something that is not implemented.
     #[error("{path}: {field} = {got} is not supported; supported: {supported}", path = .path.display())]
     Unsupported {
