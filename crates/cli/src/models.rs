@@ -1,0 +1,50 @@
+//! MODEL and --kv arguments to loaded things.
+
+use std::path::Path;
+
+use anyhow::Result;
+use kvquant_model::{ChatTemplate, Gguf, Model, Tokenizer, pull};
+use kvquant_quant::Spec;
+
+use crate::failure::Input;
+use crate::progress::Progress;
+
+/// A model with its text side.
+pub struct Loaded {
+    pub model: Model,
+    pub tokenizer: Tokenizer,
+    pub gguf: Gguf,
+    /// As the user named it, a path cut to its file name.
+    pub name: String,
+}
+
+/// Finds (pulls, if it is a known name) and loads MODEL.
+pub fn load(model: &str) -> Result<Loaded> {
+    let mut progress = Progress::new();
+    let path = pull::resolve(model, &mut |stage, done, total| progress.update(stage, done, total))?;
+    let (loaded, gguf) = Model::load(&path, &mut |done, total| progress.update("loading", done as u64, total as u64))?;
+    let tokenizer = Tokenizer::from_gguf(&gguf)?;
+    let name = Path::new(model).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(Loaded { model: loaded, tokenizer, gguf, name })
+}
+
+impl Loaded {
+    /// The model's chat template.
+    pub fn template(&self) -> Result<ChatTemplate> {
+        Ok(ChatTemplate::from_gguf(&self.gguf)?)
+    }
+}
+
+/// Cache specs, separated by commas.
+pub fn specs(list: &str) -> Result<Vec<(String, Spec)>> {
+    let all: Vec<_> = list
+        .split(',')
+        .map(|s| s.trim())
+        .filter(|s| !s.is_empty())
+        .map(|s| Ok((s.to_string(), s.parse::<Spec>()?)))
+        .collect::<Result<_>>()?;
+    if all.is_empty() {
+        return Err(Input("--kv names no cache; for example --kv fp16,nuq3-1%+sink1".into()).into());
+    }
+    Ok(all)
+}
