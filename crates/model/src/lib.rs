@@ -14,6 +14,7 @@ pub mod generate;
 pub mod gguf;
 mod load;
 pub mod ops;
+pub mod pull;
 pub mod sampling;
 pub mod template;
 pub mod tokenizer;
