@@ -82,7 +82,7 @@ impl Config {
         r.refuse_window(context)?;
         let heads = r.size("attention.head_count")?;
         let kv_heads = r.size_or("attention.head_count_kv", heads)?;
-        if heads % kv_heads != 0 {
+        if !heads.is_multiple_of(kv_heads) {
             let expected = format!("a divisor of the {heads} query heads");
             return Err(r.field("attention.head_count_kv", expected, kv_heads));
         }
@@ -201,7 +201,7 @@ impl Keys<'_> {
     fn head_dim(&self, hidden: usize, heads: usize) -> Result<usize, GgufError> {
         const KEY: &str = "attention.key_length";
         const VALUE: &str = "attention.value_length";
-        let whole = (hidden % heads == 0).then_some(hidden / heads);
+        let whole = hidden.is_multiple_of(heads).then_some(hidden / heads);
         let default = |name: &str| {
             whole.ok_or_else(|| {
                 let expected = format!("the key, as hidden size {hidden} is not a multiple of {heads} heads");
@@ -218,7 +218,7 @@ impl Keys<'_> {
             return Err(unsupported(self.g, &self.key(VALUE), v, &supported));
         }
         // The cache packs units of 4 channels.
-        if k % 4 != 0 || k > MAX_HEAD_DIM {
+        if !k.is_multiple_of(4) || k > MAX_HEAD_DIM {
             return Err(unsupported(self.g, &self.key(KEY), k, &format!("multiples of 4 up to {MAX_HEAD_DIM}")));
         }
         Ok(k)

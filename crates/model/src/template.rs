@@ -1,8 +1,24 @@
-//! Chat messages to prompt text, by the model's own Jinja template.
+//! Chat messages to prompt text, by the model's own Jinja template, rendered as Hugging Face does: block tags take their
+//! line with them, Python's string methods work, `tools` and `documents` are none.
+//!
+//! A template comes with the file and is as hostile as the file: it has no loader, and its steps and its output are
+//! bounded.
+
+mod clock;
+mod json;
+
+use std::io;
 
 use minijinja::{Environment, Error, ErrorKind, context};
 
-use crate::gguf::{Gguf, GgufError, Value};
+use crate::gguf::{Gguf, GgufError};
+
+const KEY: &str = "tokenizer.chat_template";
+const NAME: &str = "chat";
+/// Instructions of the template engine; a chat of a thousand messages takes some hundred thousand.
+const MAX_STEPS: u64 = 10_000_000;
+/// Bytes of output beyond those of the messages.
+const MAX_GROWTH: usize = 16 << 20;
 
 /// One message of a chat.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -16,22 +32,45 @@ pub struct Message {
 /// A chat can't be rendered.
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateError {
-    /// The model has no template.
+    /// The model has no template, or names tokens that it has not.
     #[error("{0}; use the model without a chat template (--raw)")]
     Gguf(#[from] GgufError),
-    /// The template failed.
-    #[error("the model's chat template, line {line}: {problem}")]
+    /// The template refuses the messages, with its own reason.
+    #[error("the model's chat template refuses these messages (line {line}): {reason}")]
+    Raised {
+        /// Line in the template, from 1; 0 when it is not known.
+        line: usize,
+        /// What the template says.
+        reason: String,
+    },
+    /// The template does not parse, or fails.
+    #[error("the model's chat template, line {line}: {problem}; use the model without it (--raw)")]
     Template {
-        /// Line in the template, from 1.
+        /// Line in the template, from 1; 0 when it is not known.
         line: usize,
         /// Why.
         problem: String,
     },
 }
 
+/// Marks an error as the template's own words.
+const RAISED: &str = "raised by the template: ";
+
 impl From<Error> for TemplateError {
     fn from(e: Error) -> Self {
-        TemplateError::Template { line: e.line().unwrap_or(0), problem: e.detail().map_or_else(|| e.to_string(), str::to_string) }
+        let line = e.line().unwrap_or(0);
+        let detail = e.detail().unwrap_or_default();
+        if let Some(reason) = detail.strip_prefix(RAISED) {
+            return Self::Raised { line, reason: reason.to_owned() };
+        }
+        let problem = match (e.kind(), detail) {
+            (ErrorKind::WriteFailure, _) => {
+                format!("its output is more than {MAX_GROWTH} bytes longer than the messages")
+            }
+            (kind, "") => kind.to_string(),
+            (kind, detail) => format!("{kind}: {detail}"),
+        };
+        Self::Template { line, problem }
     }
 }
 
@@ -47,37 +86,70 @@ impl ChatTemplate {
     /// The template of a model file.
     ///
     /// # Errors
-    /// There is none, or it does not parse.
+    /// There is none, it does not parse, or the metadata are broken.
     pub fn from_gguf(g: &Gguf) -> Result<Self, TemplateError> {
+        let token = |key: &str| -> Result<String, GgufError> {
+            let Some(id) = g.opt_uint(key)? else { return Ok(String::new()) };
+            let tokens = g.strings("tokenizer.ggml.tokens")?;
+            let found = usize::try_from(id).ok().and_then(|id| tokens.get(id));
+            found.cloned().ok_or_else(|| g.field(key, format!("an id below {}", tokens.len()), id.to_string()))
+        };
+        Self::new(g.str(KEY)?, token("tokenizer.ggml.bos_token_id")?, token("tokenizer.ggml.eos_token_id")?)
+    }
+
+    /// A template from its source; `bos` and `eos` are the texts of these tokens, or empty.
+    ///
+    /// # Errors
+    /// The source does not parse.
+    pub fn new(source: &str, bos: String, eos: String) -> Result<Self, TemplateError> {
         let mut environment = Environment::new();
-        // As Hugging Face renders templates.
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
+        environment.set_fuel(Some(MAX_STEPS));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |m: String| -> Result<String, Error> { Err(Error::new(ErrorKind::InvalidOperation, m)) });
-        environment.add_template_owned("chat", g.str("tokenizer.chat_template")?.to_string())?;
-        let token = |key: &str| match (g.uint(key), g.metadata.get("tokenizer.ggml.tokens")) {
-            (Ok(id), Some(Value::Strings(tokens))) => tokens.get(id as usize).cloned().unwrap_or_default(),
-            _ => String::new(),
-        };
-        Ok(ChatTemplate {
-            environment,
-            bos: token("tokenizer.ggml.bos_token_id"),
-            eos: token("tokenizer.ggml.eos_token_id"),
-        })
+        environment.add_function("raise_exception", |reason: String| -> Result<String, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{reason}")))
+        });
+        environment.add_function("strftime_now", clock::strftime_now);
+        environment.add_filter("tojson", json::tojson);
+        environment.add_template_owned(NAME, source.to_owned())?;
+        Ok(Self { environment, bos, eos })
     }
 
     /// The prompt of a chat; with `add_generation_prompt` it ends where the assistant's answer begins.
     ///
     /// # Errors
-    /// The template refuses the messages.
+    /// The template refuses the messages, or fails.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TemplateError> {
         let values = context! {
             messages => messages,
             add_generation_prompt => add_generation_prompt,
             bos_token => self.bos,
             eos_token => self.eos,
+            tools => (),
+            documents => (),
         };
-        Ok(self.environment.get_template("chat")?.render(values)?)
+        let given: usize = messages.iter().map(|m| m.content.len()).sum();
+        let mut out = Bounded { text: Vec::new(), left: given.saturating_add(MAX_GROWTH) };
+        self.environment.get_template(NAME)?.render_captured_to(values, &mut out)?;
+        String::from_utf8(out.text).map_err(|e| TemplateError::Template { line: 0, problem: e.to_string() })
+    }
+}
+
+/// Collects output up to a length.
+struct Bounded {
+    text: Vec<u8>,
+    left: usize,
+}
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.left = self.left.checked_sub(bytes.len()).ok_or_else(|| io::Error::other("too long"))?;
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }

@@ -37,12 +37,24 @@ const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{
 /// Control tokens that end a turn, whatever the metadata call the end of text.
 const ENDS: [&str; 6] = ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>"];
 
+/// Longest run of white space, in characters. The regex engine gives up near a million, and would then take the rest of
+/// the text for one word.
+const MAX_SPACES: usize = 100_000;
+
 /// A tokenizer can't be built, or text can't be tokenized.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
     /// The metadata are missing, broken or not supported.
     #[error(transparent)]
     Gguf(#[from] GgufError),
+    /// White space without end.
+    #[error("the text has {got} white-space characters in a row, at most {max} are accepted; shorten them")]
+    Spaces {
+        /// Characters.
+        got: usize,
+        /// The limit.
+        max: usize,
+    },
     /// The BPE library refused.
     #[error("tokenizer: cannot {operation}: {problem}")]
     Library {
@@ -154,8 +166,12 @@ impl Tokenizer {
     /// reference implementations.
     ///
     /// # Errors
-    /// The library refused.
+    /// White space without end; or the library refused.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
+        let got = longest_white(text);
+        if got > MAX_SPACES {
+            return Err(TokenizerError::Spaces { got, max: MAX_SPACES });
+        }
         let mut ids = Vec::new();
         let mut from = 0;
         if let Some(finder) = if special { &self.special } else { &self.user } {
@@ -209,6 +225,15 @@ impl Tokenizer {
     pub fn end_of_turn(&self) -> &[u32] {
         &self.end_of_turn
     }
+}
+
+/// Characters of the longest run of white space.
+fn longest_white(text: &str) -> usize {
+    let (longest, last) = text.chars().fold((0, 0), |(longest, run), ch| match ch.is_whitespace() {
+        true => (longest, run + 1),
+        false => (longest.max(run), 0),
+    });
+    longest.max(last)
 }
 
 fn pre_tokenizer(g: &Gguf, pre: &str) -> Result<PreTokenizerWrapper, TokenizerError> {

@@ -210,17 +210,22 @@ fn q2k(b: &[u8; 84], o: &mut [f32; 256]) {
 #[inline(always)]
 fn q3k(b: &[u8; 110], o: &mut [f32; 256]) {
     let d = half(b[108], b[109]);
-    let (high, low, s) = (&b[..32], &b[32..96], &b[96..108]);
+    let (high, low, s) = (&b[..32], &b[32..96], b[96..].first_chunk().expect("12 of 14 bytes"));
     for n in 0..2 {
         for q in 0..4 {
             for l in 0..32 {
                 let i = n * 8 + q * 2 + l / 16;
-                // 16 scales of 6 bits: the low nibbles of 8 bytes, then 2 high bits each in 4 bytes.
-                let nibble = if i < 8 { s[i] & 15 } else { s[i - 8] >> 4 };
-                let scale = nibble | (s[8 + i % 4] >> (2 * (i / 4)) & 3) << 4;
-                let code = (low[n * 32 + l] >> (2 * q) & 3) as i32 - if high[l] >> (n * 4 + q) & 1 == 0 { 4 } else { 0 };
-                o[n * 128 + q * 32 + l] = d * (scale as i32 - 32) as f32 * code as f32;
+                let code =
+                    (low[n * 32 + l] >> (2 * q) & 3) as i32 - if high[l] >> (n * 4 + q) & 1 == 0 { 4 } else { 0 };
+                o[n * 128 + q * 32 + l] = d * scale_q3k(s, i) * code as f32;
             }
         }
     }
+}
+
+/// Scale i of a Q3_K super-block: 16 of 6 bits, the low nibbles in 8 bytes, then 2 high bits each in 4 bytes.
+#[inline(always)]
+pub(super) fn scale_q3k(s: &[u8; 12], i: usize) -> f32 {
+    let nibble = if i < 8 { s[i] & 15 } else { s[i - 8] >> 4 };
+    (nibble | (s[8 + i % 4] >> (2 * (i / 4)) & 3) << 4) as f32 - 32.0
 }

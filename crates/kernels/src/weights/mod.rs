@@ -1,10 +1,14 @@
 //! Quantized weight matrices of GGUF types, and their products with f32 activations.
 //!
-//! Weights stay as the file has them; activations are never quantized. Few rows (decode): each weight row is
-//! dequantized to an L1 buffer and multiplied at once, so that memory is read once and only the packed bytes. Many
-//! rows (prefill): tiles of weight rows are dequantized once and go through a dense f32 product. The plain loops of
-//! `blocks` are compiled twice, once for AVX2 and FMA, and chosen at run time.
+//! Weights stay as the file has them; activations are never quantized. Few rows (decode): codes are decoded in
+//! registers and multiplied at once, so that memory is read once and only the packed bytes. Many rows (prefill):
+//! panels of weight rows are dequantized once and go through a register-tiled dense product.
+//!
+//! `blocks` has the formats and their plain loops, the twin that every backend is tested against; `product` cuts
+//! products into tasks; `avx2` and `avx512` say where they depart from the twin.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod blocks;
 mod product;
 
@@ -12,6 +16,8 @@ pub use blocks::WeightType;
 pub use product::matmul_fused;
 
 use rayon::prelude::*;
+
+use crate::dispatch::{self, DispatchError, Isa};
 
 /// A weight matrix can't be built.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -40,6 +46,9 @@ pub enum WeightError {
         /// Bytes that came.
         got: usize,
     },
+    /// `KVQUANT_KERNEL` can't be followed.
+    #[error(transparent)]
+    Dispatch(#[from] DispatchError),
 }
 
 /// A matrix `[rows = outputs, cols = inputs]`, rows contiguous.
@@ -49,13 +58,15 @@ pub struct Weight {
     cols: usize,
     ty: WeightType,
     data: Vec<u8>,
+    // Only ever one that this CPU has: what calls of its kernels rely on.
+    isa: Isa,
 }
 
 impl Weight {
     /// Takes a tensor's bytes as GGUF stores them.
     ///
     /// # Errors
-    /// The length does not follow from shape and type.
+    /// The length does not follow from shape and type, or `KVQUANT_KERNEL` can't be followed.
     pub fn from_gguf(ty: WeightType, rows: usize, cols: usize, data: Vec<u8>) -> Result<Self, WeightError> {
         let (weights, bytes) = ty.block();
         if cols == 0 || !cols.is_multiple_of(weights) {
@@ -65,7 +76,7 @@ impl Weight {
         if data.len() != expected {
             return Err(WeightError::Length { rows, cols, ty: ty.name(), expected, got: data.len() });
         }
-        Ok(Weight { rows, cols, ty, data })
+        Ok(Weight { rows, cols, ty, data, isa: dispatch::isa()? })
     }
 
     /// Outputs.
@@ -102,7 +113,12 @@ impl Weight {
     /// One row as f32, `out` of `cols` entries.
     pub fn dequant_row(&self, row: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols, "a row has `cols` weights");
-        blocks::dequant(self.ty, self.row(row), out);
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a Weight's instruction set is one that the CPU has.
+            Isa::Avx2 | Isa::Avx512 => unsafe { avx2::dequant(self.ty, self.row(row), out) },
+            _ => blocks::dequant(self.ty, self.row(row), out),
+        }
     }
 
     /// All weights as f32 `[rows, cols]`.

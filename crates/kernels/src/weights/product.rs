@@ -1,22 +1,83 @@
-//! y = x W^T.
+//! y = x W^T: how a product is cut into tasks, and which kernel works on each.
+//!
+//! A call from within a rayon worker (`rayon::scope`, `ThreadPool::install`) starts its tasks at once; from any other
+//! thread it pays two context switches, which is as much as a small product. So generation loops belong inside.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::avx2;
 use super::{Weight, blocks};
-use crate::dispatch::{self, Isa};
+use crate::dispatch::Isa;
 use crate::linalg;
 
-/// Rows of x up to which a weight row is multiplied as it is dequantized; beyond, a dense product is faster.
+/// Weights that a decode kernel takes at a time.
+pub(super) const RUN: usize = 32;
+/// Columns of a panel: 6 rows of activations and what streams past them stay in a 32 KB L1.
+pub(super) const DEPTH: usize = 768;
+/// Rows of x up to which weights are multiplied as they are decoded; beyond, panels are faster.
 const FEW: usize = 4;
-/// Weight rows of a task when x has few rows.
-const ROWS_FEW: usize = 64;
-/// Weight rows that are dequantized at a time for a dense product: 64 x 1536 floats stay in L2.
-const ROWS_MANY: usize = 64;
+/// Bytes below which a task is not worth its start (about 1 us of work).
+const LEAST_BYTES: usize = 8 << 10;
+/// Tasks a thread, so that one that is held up does not hold up the others.
+const TASKS: usize = 8;
+
+/// Rows of activations and the sum of each run of 32.
+pub(super) struct Rows<'a> {
+    /// `[m, cols]`
+    pub x: &'a [f32],
+    /// Rows.
+    pub m: usize,
+    /// `[m, cols / 32]`
+    pub sums: &'a [f32],
+}
+
+/// The output [m, rows] of one weight, which tasks write at different rows of the weight.
+#[derive(Clone, Copy)]
+pub(super) struct Sink {
+    y: *mut f32,
+    /// Elements from one row of activations to the next.
+    pub stride: usize,
+}
+
+// SAFETY: a Sink is only a place; who writes through it promises to write alone (`write`, `at`).
+unsafe impl Send for Sink {}
+// SAFETY: as above.
+unsafe impl Sync for Sink {}
+
+impl Sink {
+    /// # Safety
+    /// In bounds of the output; nothing else accesses this element meanwhile.
+    #[inline(always)]
+    pub unsafe fn write(self, token: usize, row: usize, value: f32) {
+        // SAFETY: the caller's promise.
+        unsafe { *self.at(token, row) = value };
+    }
+
+    /// # Safety
+    /// In bounds of the output.
+    #[inline(always)]
+    pub unsafe fn at(self, token: usize, row: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.y.add(token * self.stride + row) }
+    }
+}
+
+/// A cache line of a panel.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Lanes(pub [f32; 16]);
+
+impl Lanes {
+    pub const ZERO: Lanes = Lanes([0.0; 16]);
+}
 
 thread_local! {
-    static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static PANELS: RefCell<Vec<Lanes>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Several weights that share the input x `[m, cols]`: `ys[i]` `[m, rows of i]` = x W_i^T, in one parallel region.
@@ -26,117 +87,138 @@ thread_local! {
 pub fn matmul_fused(weights: &[&Weight], x: &[f32], m: usize, ys: &mut [&mut [f32]]) {
     assert_eq!(weights.len(), ys.len(), "an output for each weight");
     for (w, y) in weights.iter().zip(ys.iter()) {
-        assert_eq!(x.len(), m * w.cols, "x is [m, cols]");
-        assert_eq!(y.len(), m * w.rows, "y is [m, rows]");
+        assert_eq!(Some(x.len()), m.checked_mul(w.cols), "x is [m, cols]");
+        assert_eq!(Some(y.len()), m.checked_mul(w.rows), "y is [m, rows]");
     }
+    let Some(first) = weights.first() else { return };
     if m == 0 {
         return;
     }
-    // A faulty override is refused when the process starts to use a model; here it only has to be safe.
-    let wide = matches!(dispatch::isa(), Ok(Isa::Avx2 | Isa::Avx512));
-    let each = if m <= FEW { ROWS_FEW } else { ROWS_MANY };
-    let tasks: Vec<(usize, usize)> =
-        weights.iter().enumerate().flat_map(|(i, w)| (0..w.rows).step_by(each).map(move |first| (i, first))).collect();
-    let work = |&(i, first): &(usize, usize)| {
-        let w = weights[i];
-        let rows = first..(first + each).min(w.rows);
-        let mut out = vec![0.0f32; rows.len() * m];
-        if m <= FEW {
-            few(wide, w, rows, x, m, &mut out);
-        } else {
-            many(wide, w, rows, x, m, &mut out);
-        }
-        out
+    let few = m <= FEW;
+    let sums: Vec<f32> = if few {
+        x.chunks_exact(first.cols).flat_map(|x| x.as_chunks::<RUN>().0).map(|run| run.iter().sum()).collect()
+    } else {
+        Vec::new()
     };
-    let parts: Vec<Vec<f32>> = tasks.par_iter().map(work).collect();
-    for (&(i, first), part) in tasks.iter().zip(&parts) {
-        let (rows, n) = (weights[i].rows, part.len() / m);
-        for (r, y) in ys[i].chunks_exact_mut(rows).enumerate() {
-            y[first..first + n].copy_from_slice(&part[r * n..(r + 1) * n]);
-        }
+    let rows = Rows { x, m, sums: &sums };
+    let sinks: Vec<Sink> =
+        ys.iter_mut().zip(weights).map(|(y, w)| Sink { y: y.as_mut_ptr(), stride: w.rows }).collect();
+    let tasks = if few { cut_by_bytes(weights) } else { cut_by_panels(weights) };
+    let work = |(i, part): (usize, Range<usize>)| {
+        let w = weights[i];
+        // SAFETY: the tasks are disjoint ranges of each weight's rows (`cut`), and each output is [m, w.rows].
+        unsafe { if few { multiply_few(w, part, &rows, sinks[i]) } else { multiply_many(w, part, x, m, sinks[i]) } }
+    };
+    if tasks.len() == 1 {
+        tasks.into_iter().for_each(work);
+    } else {
+        tasks.into_par_iter().with_max_len(1).for_each(work);
     }
 }
 
-/// out `[m, rows]`: each weight row is dequantized once and multiplied with every row of x.
-fn few(wide: bool, w: &Weight, rows: std::ops::Range<usize>, x: &[f32], m: usize, out: &mut [f32]) {
-    let n = rows.len();
-    BUFFER.with_borrow_mut(|buffer| {
-        buffer.resize(w.cols, 0.0);
-        for (i, row) in rows.enumerate() {
-            row_products(wide, w, row, x, buffer, |r, dot| out[r * n + i] = dot);
-        }
-        debug_assert_eq!(out.len(), n * m);
-    });
+/// Every weight's rows in equal parts of at most `rows(w)`.
+fn cut(weights: &[&Weight], rows: impl Fn(&Weight) -> usize) -> Vec<(usize, Range<usize>)> {
+    let mut tasks = Vec::with_capacity(TASKS * (rayon::current_num_threads() + weights.len()));
+    for (i, w) in weights.iter().enumerate() {
+        let each = rows(w).max(1);
+        tasks.extend((0..w.rows).step_by(each).map(|r| (i, r..w.rows.min(r + each))));
+    }
+    tasks
 }
 
-#[inline]
-fn row_products(wide: bool, w: &Weight, row: usize, x: &[f32], buffer: &mut [f32], then: impl FnMut(usize, f32)) {
-    #[cfg(target_arch = "x86_64")]
-    if wide {
-        // SAFETY: `wide` is set only where AVX2, FMA and F16C were detected.
-        return unsafe { row_products_avx2(w, row, x, buffer, then) };
-    }
-    let _ = wide;
-    row_products_plain(w, row, x, buffer, then);
+fn cut_by_bytes(weights: &[&Weight]) -> Vec<(usize, Range<usize>)> {
+    let threads = rayon::current_num_threads();
+    let all: usize = weights.iter().map(|w| w.bytes()).sum();
+    let bytes = if threads == 1 { all } else { (all / (TASKS * threads)).max(LEAST_BYTES) };
+    cut(weights, |w| {
+        let parts = w.bytes().div_ceil(bytes.max(1)).max(1);
+        w.rows.div_ceil(parts)
+    })
+}
+
+/// Whole panels: at most 128 rows, so that they stay in L2, and at least 32, so that an activation in L1 is used often.
+fn cut_by_panels(weights: &[&Weight]) -> Vec<(usize, Range<usize>)> {
+    let rows: usize = weights.iter().map(|w| w.rows).sum();
+    let each = rows / (TASKS * rayon::current_num_threads());
+    cut(weights, |_| each.next_multiple_of(32).clamp(32, 128))
 }
 
 /// # Safety
-/// The CPU has AVX2, FMA and F16C.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn row_products_avx2(w: &Weight, row: usize, x: &[f32], buffer: &mut [f32], mut then: impl FnMut(usize, f32)) {
-    blocks::dequant(w.ty, w.row(row), buffer);
-    for (r, x) in x.chunks_exact(w.cols).enumerate() {
-        then(r, dot(x, buffer, |a, b, c| a.mul_add(b, c)));
+/// Nothing else writes these rows of `out`, whose shape is [x.m, w.rows].
+unsafe fn multiply_few(w: &Weight, rows: Range<usize>, x: &Rows<'_>, out: Sink) {
+    match w.isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: passed on; a Weight's instruction set is one that the CPU has.
+        Isa::Avx2 | Isa::Avx512 => unsafe { avx2::few(w, rows, x, out) },
+        // SAFETY: passed on.
+        _ => unsafe { row_by_row(w, rows, x.x, x.m, out) },
     }
 }
 
-fn row_products_plain(w: &Weight, row: usize, x: &[f32], buffer: &mut [f32], mut then: impl FnMut(usize, f32)) {
-    blocks::dequant(w.ty, w.row(row), buffer);
-    for (r, x) in x.chunks_exact(w.cols).enumerate() {
-        then(r, dot(x, buffer, |a, b, c| a * b + c));
+/// # Safety
+/// Nothing else writes these rows of `out`, whose shape is [m, w.rows].
+unsafe fn multiply_many(w: &Weight, rows: Range<usize>, x: &[f32], m: usize, out: Sink) {
+    match w.isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 | Isa::Avx512 => PANELS.with_borrow_mut(|scratch| {
+            // SAFETY: passed on; a Weight's instruction set is one that the CPU has.
+            unsafe { avx2::tile::many(w, rows, x, m, scratch, out) }
+        }),
+        // SAFETY: passed on.
+        Isa::Neon => unsafe { dense(w, rows, x, m, out) },
+        // SAFETY: passed on.
+        _ => unsafe { row_by_row(w, rows, x, m, out) },
     }
+}
+
+/// The twin: each weight row is dequantized once and multiplied with every row of x.
+///
+/// # Safety
+/// As [`multiply_many`].
+unsafe fn row_by_row(w: &Weight, rows: Range<usize>, x: &[f32], m: usize, out: Sink) {
+    ROW.with_borrow_mut(|buffer| {
+        buffer.resize(w.cols, 0.0);
+        for row in rows {
+            blocks::dequant(w.ty, w.row(row), buffer);
+            for t in 0..m {
+                // SAFETY: the caller's promise.
+                unsafe { out.write(t, row, dot(&x[t * w.cols..][..w.cols], buffer)) };
+            }
+        }
+    });
 }
 
 /// 32 partial sums, so that additions do not wait for each other.
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32], fma: impl Fn(f32, f32, f32) -> f32) -> f32 {
-    const LANES: usize = 32;
-    let mut sums = [0.0f32; LANES];
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; RUN];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<RUN>(), b.as_chunks::<RUN>());
     for (a, b) in a.iter().zip(b) {
-        for i in 0..LANES {
-            sums[i] = fma(a[i], b[i], sums[i]);
+        for i in 0..RUN {
+            sums[i] += a[i] * b[i];
         }
     }
     let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
     sums.iter().sum::<f32>() + rest
 }
 
-/// out `[m, rows]` by a dense product with the dequantized rows.
-fn many(wide: bool, w: &Weight, rows: std::ops::Range<usize>, x: &[f32], m: usize, out: &mut [f32]) {
+/// Where no panels are made: the dequantized rows go through a dense product.
+///
+/// # Safety
+/// As [`multiply_many`].
+unsafe fn dense(w: &Weight, rows: Range<usize>, x: &[f32], m: usize, out: Sink) {
     let n = rows.len();
-    BUFFER.with_borrow_mut(|buffer| {
-        buffer.resize(n * w.cols, 0.0);
-        for (row, to) in rows.zip(buffer.chunks_exact_mut(w.cols)) {
-            dequant_row(wide, w, row, to);
+    ROW.with_borrow_mut(|buffer| {
+        buffer.resize(n * (w.cols + m), 0.0);
+        let (weights, y) = buffer.split_at_mut(n * w.cols);
+        for (row, to) in rows.clone().zip(weights.chunks_exact_mut(w.cols)) {
+            blocks::dequant(w.ty, w.row(row), to);
         }
-        linalg::gemm(m, n, w.cols, 1.0, x, w.cols, 1, &buffer[..n * w.cols], 1, w.cols, 0.0, out, n, 1);
+        linalg::gemm(m, n, w.cols, 1.0, x, w.cols, 1, weights, 1, w.cols, 0.0, y, n, 1);
+        for (t, y) in y.chunks_exact(n).enumerate() {
+            for (row, y) in rows.clone().zip(y) {
+                // SAFETY: the caller's promise.
+                unsafe { out.write(t, row, *y) };
+            }
+        }
     });
-}
-
-fn dequant_row(wide: bool, w: &Weight, row: usize, out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if wide {
-        /// # Safety
-        /// The CPU has AVX2, FMA and F16C.
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn dequant_avx2(w: &Weight, row: usize, out: &mut [f32]) {
-            blocks::dequant(w.ty, w.row(row), out);
-        }
-        // SAFETY: `wide` is set only where AVX2, FMA and F16C were detected.
-        return unsafe { dequant_avx2(w, row, out) };
-    }
-    let _ = wide;
-    blocks::dequant(w.ty, w.row(row), out);
 }

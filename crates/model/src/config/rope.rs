@@ -13,7 +13,7 @@ const SCALING: &str = "rope.scaling.type";
 pub(super) fn inv_freq(r: &Keys<'_>, config: &Config) -> Result<Vec<f64>, GgufError> {
     let head_dim = config.head_dim;
     let dims = r.size_or(DIMS, head_dim)?;
-    if dims > head_dim || dims % 2 != 0 {
+    if dims > head_dim || !dims.is_multiple_of(2) {
         return Err(r.field(DIMS, format!("an even number up to the head dimension {head_dim}"), dims));
     }
     // With dims < head_dim the pairs would be (i, i + dims/2), which the permutation at load does not undo.

@@ -119,7 +119,7 @@ pub(super) fn open(path: &Path) -> Result<Gguf, GgufError> {
 /// Every tensor aligned, inside the file, and apart from every other.
 fn check_layout(path: &Path, tensors: &[TensorInfo], alignment: u64, data_len: u64) -> Result<(), GgufError> {
     for t in tensors {
-        if t.offset % alignment != 0 {
+        if !t.offset.is_multiple_of(alignment) {
             return Err(GgufError::Field {
                 path: path.to_owned(),
                 field: format!("offset of tensor {}", t.name),
@@ -340,7 +340,7 @@ impl Reader<'_> {
         let bytes = match TYPES.iter().find(|t| t.0 == ty) {
             None => 0,
             Some((_, type_name, block, size)) => {
-                if dims[0] % block != 0 {
+                if !dims[0].is_multiple_of(*block) {
                     let expected = format!("rows of a multiple of {block} entries, for type {type_name}");
                     return Err(self.field(&field, expected, format!("{dims:?}")));
                 }

@@ -16,6 +16,7 @@ pub enum Meta {
     Raw(u32, Vec<u8>),
 }
 
+#[derive(Clone)]
 struct Tensor {
     name: String,
     dims: Vec<u64>,
@@ -24,6 +25,7 @@ struct Tensor {
 }
 
 /// Collects the parts of a file.
+#[derive(Clone)]
 pub struct Builder {
     version: u32,
     metas: Vec<(String, Meta)>,
