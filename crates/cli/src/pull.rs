@@ -20,7 +20,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     if args.list {
         for m in KNOWN.iter() {
-            println!("{:20} {:>9}  {}", m.name, bytes(m.bytes as f64), m.description);
+            println!("{:20} {:>9}  {}", m.name, bytes(m.size as f64), m.description);
         }
         return Ok(());
     }
