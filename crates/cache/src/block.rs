@@ -180,12 +180,12 @@ impl Block {
         Ok(rows)
     }
 
-    pub fn bytes(&self) -> Bytes {
+    pub fn bytes(&self, cx: &Context<'_>) -> Bytes {
         let exact = |n| Bytes { exact: n, ..Bytes::default() };
         match self {
             Block::Rows(r) => exact(r.bytes()),
             Block::Tile(t) => exact(2 * (t.k.len() + t.v.len())),
-            Block::Coded(c) => c.bytes(),
+            Block::Coded(c) => c.bytes(cx.codec.expect("a coded block has a codec").0),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! A block of codes.
 
+use std::ops::Range;
+
 use half::f16;
 use kvquant_kernels::attend::{CodedView, SideView, ViewError};
 use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, clear_code, set_code, unit_words};
@@ -48,111 +50,197 @@ impl SideLayout {
     fn zeros(&self) -> usize {
         if self.zero_point { self.scales() } else { 0 }
     }
+
+    fn units(&self) -> usize {
+        self.channels / UNIT_CHANNELS
+    }
 }
 
-/// One side of a block.
+/// The layouts of both sides, the same for every block of a layer, and where their parts lie.
+#[derive(Debug, Clone)]
+pub(crate) struct Layout {
+    key: SideLayout,
+    value: SideLayout,
+}
+
+/// Where one side's parts lie in a block: codes in words; scales and counts in halves and bytes of the words behind.
+struct Place {
+    codes: Range<usize>,
+    scales: Range<usize>,
+    counts: Range<usize>,
+}
+
+impl Layout {
+    pub fn new(q: &Quantizers, channels: usize, head_dim: usize) -> Self {
+        Layout { key: SideLayout::new(&q.key, channels, head_dim), value: SideLayout::new(&q.value, channels, head_dim) }
+    }
+
+    fn places(&self) -> [Place; 2] {
+        let (k, v) = (&self.key, &self.value);
+        let codes = k.code_words() + v.code_words();
+        // 64 tokens a group: an even number of halves, so that bytes begin on a word.
+        let (k_scales, v_scales) = (k.scales() + k.zeros(), v.scales() + v.zeros());
+        let (halves, bytes) = (2 * codes, 4 * codes + 2 * (k_scales + v_scales));
+        [
+            Place { codes: 0..k.code_words(), scales: halves..halves + k_scales, counts: bytes..bytes + k.units() },
+            Place {
+                codes: k.code_words()..codes,
+                scales: halves + k_scales..halves + k_scales + v_scales,
+                counts: bytes + k.units()..bytes + k.units() + v.units(),
+            },
+        ]
+    }
+
+    fn words(&self) -> usize {
+        self.places()[1].counts.end.div_ceil(4)
+    }
+}
+
+/// Up to 64 tokens of keys and values as codes.
 ///
 /// ```text
-/// codes     [C / 4 units][bits][8] u32     unit layout: kvquant_quant::pack
-/// scales    [groups][64] fp16 | [groups][64] fp16 zero points     (per-token scopes only)
-/// counts    [C / 4] u8                     outliers of each unit
-/// index     u8 a outlier, unit by unit     channel_in_unit * 64 + token
-/// residual  fp16 a outlier                 exact value - dense value
+/// fixed     key codes   [C / 4 units][bits][8] u32     unit layout: kvquant_quant::pack
+///           value codes likewise
+///           key scales  [groups][64] fp16, then zero points [groups][64] fp16   (per-token scopes only)
+///           value scales likewise
+///           counts      [C / 4] u8 for keys, then for values: outliers of each unit
+/// outliers  [place, residual low, residual high] an outlier, unit by unit, keys first
+///           place = channel_in_unit * 64 + token;  residual = fp16(exact value - dense value)
 /// ```
 #[derive(Debug, Clone)]
-struct CodedSide {
-    codes: Box<[u32]>,
-    scales: Box<[u16]>,
-    counts: Box<[u8]>,
-    index: Vec<u8>,
-    residual: Vec<u16>,
+pub(crate) struct CodedBlock {
+    fixed: Box<[u32]>,
+    outliers: Vec<[u8; 3]>,
+    len: u8,
 }
 
-impl CodedSide {
-    fn new(layout: &SideLayout) -> Self {
-        CodedSide {
-            codes: vec![0; layout.code_words()].into(),
-            scales: vec![0; layout.scales() + layout.zeros()].into(),
-            counts: vec![0; layout.channels / UNIT_CHANNELS].into(),
-            index: Vec::new(),
-            residual: Vec::new(),
+// A block's header is part of the bits that are reported.
+const _: () = assert!(size_of::<CodedBlock>() <= 48);
+
+impl CodedBlock {
+    pub fn new(layout: &Layout) -> Self {
+        CodedBlock { fixed: vec![0; layout.words()].into(), outliers: Vec::new(), len: 0 }
+    }
+
+    pub fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    fn halves(&self) -> &[u16] {
+        bytemuck::cast_slice(&self.fixed)
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.fixed)
+    }
+
+    /// Outliers before a unit of a side, and in it.
+    fn outlier_range(&self, places: &[Place; 2], side: usize, units: Range<usize>) -> Range<usize> {
+        let bytes: &[u8] = bytemuck::cast_slice(&self.fixed);
+        let sum = |range: Range<usize>| bytes[range].iter().map(|&c| c as usize).sum::<usize>();
+        let counts = &places[side].counts;
+        let keys = if side == 1 { sum(places[0].counts.clone()) } else { 0 };
+        let first = keys + sum(counts.start..counts.start + units.start);
+        first..first + sum(counts.start + units.start..counts.start + units.end)
+    }
+
+    pub fn push(&mut self, layout: &Layout, key: &TokenCodes, value: &TokenCodes) {
+        let places = layout.places();
+        for (side, (l, codes)) in [(&layout.key, key), (&layout.value, value)].into_iter().enumerate() {
+            self.set(l, &places, side, codes);
+        }
+        self.len += 1;
+        if self.len as usize == BLOCK_TOKENS {
+            self.outliers.shrink_to_fit();
         }
     }
 
-    fn set(&mut self, layout: &SideLayout, token: usize, codes: &TokenCodes) {
-        let words = unit_words(layout.bits);
-        for (unit, four) in self.codes.chunks_exact_mut(words).zip(codes.codes.as_chunks::<UNIT_CHANNELS>().0) {
+    fn set(&mut self, l: &SideLayout, places: &[Place; 2], side: usize, codes: &TokenCodes) {
+        let (token, place) = (self.len as usize, &places[side]);
+        let words = unit_words(l.bits);
+        let units = self.fixed[place.codes.clone()].chunks_exact_mut(words);
+        for (unit, four) in units.zip(codes.codes.as_chunks::<UNIT_CHANNELS>().0) {
             for (i, &code) in four.iter().enumerate() {
-                set_code(unit, layout.bits, i, token, code);
+                set_code(unit, l.bits, i, token, code);
             }
         }
-        for (g, s) in codes.scale.iter().enumerate() {
-            self.scales[g * BLOCK_TOKENS + token] = s.to_bits();
+        let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut self.fixed);
+        let (scales, zeros) = halves[place.scales.clone()].split_at_mut(l.scales());
+        for (group, s) in scales.chunks_exact_mut(BLOCK_TOKENS).zip(&codes.scale) {
+            group[token] = s.to_bits();
         }
-        for (g, z) in codes.zero.iter().enumerate().take(layout.zeros() / BLOCK_TOKENS) {
-            self.scales[layout.scales() + g * BLOCK_TOKENS + token] = z.to_bits();
+        for (group, z) in zeros.chunks_exact_mut(BLOCK_TOKENS).zip(&codes.zero) {
+            group[token] = z.to_bits();
         }
         for o in &codes.outliers {
-            self.insert(token, *o);
+            self.insert(places, side, token, *o);
         }
     }
 
-    fn insert(&mut self, token: usize, o: Outlier) {
-        let (unit, place) = (o.channel as usize / UNIT_CHANNELS, o.channel as usize % UNIT_CHANNELS * BLOCK_TOKENS + token);
-        let first: usize = self.counts[..unit].iter().map(|&c| c as usize).sum();
-        let end = first + self.counts[unit] as usize;
-        if self.counts[unit] < u8::MAX {
-            self.counts[unit] += 1;
-            self.index.insert(end, place as u8);
-            self.residual.insert(end, o.residual.to_bits());
+    fn insert(&mut self, places: &[Place; 2], side: usize, token: usize, o: Outlier) {
+        let unit = o.channel as usize / UNIT_CHANNELS;
+        let [low, high] = o.residual.to_le_bytes();
+        let entry = [(o.channel as usize % UNIT_CHANNELS * BLOCK_TOKENS + token) as u8, low, high];
+        let range = self.outlier_range(places, side, unit..unit + 1);
+        let at = places[side].counts.start + unit;
+        if self.bytes_mut()[at] < u8::MAX {
+            self.bytes_mut()[at] += 1;
+            self.outliers.insert(range.end, entry);
             return;
         }
         // A unit of 256 entries counts at most 255 outliers: the smallest residual gives way.
-        let size = |bits: u16| f16::from_bits(bits).to_f32().abs();
-        if let Some(least) = (first..end).min_by(|&a, &b| size(self.residual[a]).total_cmp(&size(self.residual[b])))
-            && size(self.residual[least]) < o.residual.to_f32().abs()
+        let size = |e: &[u8; 3]| f16::from_le_bytes([e[1], e[2]]).to_f32().abs();
+        if let Some(least) = self.outliers[range].iter_mut().min_by(|a, b| size(a).total_cmp(&size(b)))
+            && size(least) < size(&entry)
         {
-            self.index[least] = place as u8;
-            self.residual[least] = o.residual.to_bits();
+            *least = entry;
         }
     }
 
-    fn truncate(&mut self, layout: &SideLayout, len: usize) {
-        for unit in self.codes.chunks_exact_mut(unit_words(layout.bits)) {
-            for i in 0..UNIT_CHANNELS {
-                for t in len..BLOCK_TOKENS {
-                    clear_code(unit, layout.bits, i, t);
-                }
+    pub fn truncate(&mut self, layout: &Layout, len: usize) {
+        let places = layout.places();
+        let mut kept = Vec::with_capacity(self.outliers.len());
+        for (side, l) in [&layout.key, &layout.value].into_iter().enumerate() {
+            for unit in 0..l.units() {
+                let of_unit = self.outlier_range(&places, side, unit..unit + 1);
+                kept.push(self.outliers[of_unit].iter().filter(|e| (e[0] as usize) % BLOCK_TOKENS < len).copied().collect::<Vec<_>>());
             }
         }
-        for group in self.scales.chunks_exact_mut(BLOCK_TOKENS) {
-            group[len..].fill(0);
+        let counts = places[0].counts.start..places[1].counts.end;
+        for (count, kept) in self.bytes_mut()[counts].iter_mut().zip(&kept) {
+            *count = kept.len() as u8;
         }
-        let (mut from, mut to) = (0, 0);
-        for count in &mut self.counts {
-            let mut kept = 0;
-            for o in from..from + *count as usize {
-                if (self.index[o] as usize) % BLOCK_TOKENS < len {
-                    self.index[to] = self.index[o];
-                    self.residual[to] = self.residual[o];
-                    to += 1;
-                    kept += 1;
+        self.outliers.clear();
+        self.outliers.extend(kept.into_iter().flatten());
+        for (l, place) in [&layout.key, &layout.value].into_iter().zip(&places) {
+            for unit in self.fixed[place.codes.clone()].chunks_exact_mut(unit_words(l.bits)) {
+                for (i, t) in (0..UNIT_CHANNELS).flat_map(|i| (len..BLOCK_TOKENS).map(move |t| (i, t))) {
+                    clear_code(unit, l.bits, i, t);
                 }
             }
-            from += *count as usize;
-            *count = kept;
+            let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut self.fixed);
+            for group in halves[place.scales.clone()].chunks_exact_mut(BLOCK_TOKENS) {
+                group[len..].fill(0);
+            }
         }
-        self.index.truncate(to);
-        self.residual.truncate(to);
+        self.len = len as u8;
     }
 
-    fn view<'a>(&'a self, l: &SideLayout, q: &'a SideQuantizer, head: usize) -> Result<SideView<'a>, ViewError> {
+    /// One head's keys and values.
+    pub fn views<'a>(&'a self, layout: &Layout, q: &'a Quantizers, head: usize) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
+        let places = layout.places();
+        Ok((self.view(&layout.key, &places, 0, &q.key, head)?, self.view(&layout.value, &places, 1, &q.value, head)?))
+    }
+
+    fn view<'a>(&'a self, l: &SideLayout, places: &[Place; 2], side: usize, q: &'a SideQuantizer, head: usize) -> Result<SideView<'a>, ViewError> {
+        let place = &places[side];
         let units = l.head_dim / UNIT_CHANNELS;
         let words = units * unit_words(l.bits);
-        let counts = &self.counts[head * units..(head + 1) * units];
-        let first: usize = self.counts[..head * units].iter().map(|&c| c as usize).sum();
-        let end = first + counts.iter().map(|&c| c as usize).sum::<usize>();
-        let (scale, zero) = self.scales.split_at(l.scales());
+        let codes = &self.fixed[place.codes.clone()][head * words..(head + 1) * words];
+        let bytes: &[u8] = bytemuck::cast_slice(&self.fixed);
+        let counts = &bytes[place.counts.clone()][head * units..(head + 1) * units];
+        let outliers = self.outlier_range(places, side, head * units..(head + 1) * units);
+        let (scale, zero) = self.halves()[place.scales.clone()].split_at(l.scales());
         // A scale group is the whole token (all heads read the same one) or a part of one head.
         let group_channels = l.group_channels.min(l.head_dim);
         let groups = if l.groups == 0 {
@@ -169,89 +257,18 @@ impl CodedSide {
         } else {
             &lut.table[..]
         };
-        Ok(SideView::Coded(CodedView::new(
-            l.bits,
-            l.head_dim,
-            &self.codes[head * words..(head + 1) * words],
-            table,
-            lut.per_channel,
-            &scale[groups.clone()],
-            if zero.is_empty() { zero } else { &zero[groups] },
-            group_channels,
-            counts,
-            &self.index[first..end],
-            &self.residual[first..end],
-        )?))
+        let zero = if zero.is_empty() { zero } else { &zero[groups.clone()] };
+        let outliers = &self.outliers[outliers];
+        let coded = CodedView::new(l.bits, l.head_dim, codes, table, lut.per_channel, &scale[groups], zero, group_channels, counts, outliers)?;
+        Ok(SideView::Coded(coded))
     }
 
-    fn bytes(&self) -> Bytes {
-        Bytes {
-            codes: self.codes.len() * 4,
-            scales: self.scales.len() * 2,
-            outliers: self.counts.len() + self.index.capacity() + self.residual.capacity() * 2,
-            ..Bytes::default()
-        }
-    }
-}
-
-/// The layouts of both sides, the same for every block of a layer.
-#[derive(Debug, Clone)]
-pub(crate) struct Layout {
-    key: SideLayout,
-    value: SideLayout,
-}
-
-impl Layout {
-    pub fn new(q: &Quantizers, channels: usize, head_dim: usize) -> Self {
-        Layout { key: SideLayout::new(&q.key, channels, head_dim), value: SideLayout::new(&q.value, channels, head_dim) }
-    }
-}
-
-/// Up to 64 tokens of keys and values as codes.
-#[derive(Debug, Clone)]
-pub(crate) struct CodedBlock {
-    sides: Box<(CodedSide, CodedSide)>,
-    len: u8,
-}
-
-impl CodedBlock {
-    pub fn new(layout: &Layout) -> Self {
-        CodedBlock { sides: Box::new((CodedSide::new(&layout.key), CodedSide::new(&layout.value))), len: 0 }
-    }
-
-    pub fn len(&self) -> usize {
-        self.len as usize
-    }
-
-    pub fn push(&mut self, layout: &Layout, key: &TokenCodes, value: &TokenCodes) {
-        let (k, v) = &mut *self.sides;
-        k.set(&layout.key, self.len as usize, key);
-        v.set(&layout.value, self.len as usize, value);
-        self.len += 1;
-        if self.len as usize == BLOCK_TOKENS {
-            for side in [k, v] {
-                side.index.shrink_to_fit();
-                side.residual.shrink_to_fit();
-            }
-        }
-    }
-
-    pub fn truncate(&mut self, layout: &Layout, len: usize) {
-        let (k, v) = &mut *self.sides;
-        k.truncate(&layout.key, len);
-        v.truncate(&layout.value, len);
-        self.len = len as u8;
-    }
-
-    /// One head's keys and values.
-    pub fn views<'a>(&'a self, layout: &Layout, q: &'a Quantizers, head: usize) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
-        Ok((self.sides.0.view(&layout.key, &q.key, head)?, self.sides.1.view(&layout.value, &q.value, head)?))
-    }
-
-    pub fn bytes(&self) -> Bytes {
-        let mut all = self.sides.0.bytes();
-        all += self.sides.1.bytes();
-        all.index += size_of::<(CodedSide, CodedSide)>();
-        all
+    /// The header is counted with the layer's list of blocks.
+    pub fn bytes(&self, layout: &Layout) -> Bytes {
+        let places = layout.places();
+        let codes = 4 * places[1].codes.end;
+        let scales = places.iter().map(|p| 2 * p.scales.len()).sum();
+        let outliers = 4 * self.fixed.len() - codes - scales + 3 * self.outliers.capacity();
+        Bytes { codes, scales, outliers, ..Bytes::default() }
     }
 }

@@ -175,7 +175,7 @@ impl Layer {
     pub fn bytes(&self) -> Bytes {
         let mut all = Bytes { exact: self.sink.bytes(), ..Bytes::default() };
         for block in &self.blocks {
-            all += block.bytes();
+            all += block.bytes(&self.context());
         }
         all.index += self.blocks.capacity() * size_of::<Block>();
         all

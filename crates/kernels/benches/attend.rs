@@ -23,14 +23,14 @@ struct History {
     lut: Vec<f32>,
     scale: Vec<u16>,
     counts: Vec<u8>,
-    index: Vec<u8>,
-    residual: Vec<u16>,
+    outliers: Vec<[u8; 3]>,
 }
 
 impl History {
     fn new(bits: u32, token_scales: bool) -> Self {
         let units = HEAD_DIM / 4;
         let mix = |i: usize| (i as u32).wrapping_mul(0x9E37_79B9) ^ (i as u32) << 7;
+        let [low, high] = f16::from_f32(0.5).to_le_bytes();
         let tables = if token_scales { 1 } else { HEAD_DIM };
         History {
             bits,
@@ -38,8 +38,7 @@ impl History {
             lut: (0..tables << bits).map(|i| (i % 13) as f32 / 6.5 - 1.0).collect(),
             scale: if token_scales { vec![f16::ONE.to_bits(); BLOCK_TOKENS] } else { vec![] },
             counts: vec![OUTLIERS_A_UNIT as u8; units],
-            index: (0..units * OUTLIERS_A_UNIT).map(|i| mix(i) as u8).collect(),
-            residual: vec![f16::from_f32(0.5).to_bits(); units * OUTLIERS_A_UNIT],
+            outliers: (0..units * OUTLIERS_A_UNIT).map(|i| [mix(i) as u8, low, high]).collect(),
         }
     }
 
@@ -57,8 +56,7 @@ impl History {
             s,
             HEAD_DIM,
             &self.counts,
-            &self.index,
-            &self.residual,
+            &self.outliers,
         );
         SideView::Coded(coded.expect("sizes follow from the constants"))
     }

@@ -50,10 +50,9 @@ fn dequant_coded(v: &CodedView<'_>, len: usize, tile: &mut [f32]) {
             }
         }
         let count = v.counts[u] as usize;
-        for o in first..first + count {
-            // Indices are below 256 = 4 channels x 64 tokens by their type.
-            if v.index[o] as usize % TOKENS < len {
-                tile[u * UNIT_CHANNELS * TOKENS + v.index[o] as usize] += half(v.residual[o]);
+        for (place, residual) in v.outliers(first, first + count) {
+            if place % TOKENS < len {
+                tile[u * UNIT_CHANNELS * TOKENS + place] += residual;
             }
         }
         first += count;

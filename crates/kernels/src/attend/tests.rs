@@ -65,13 +65,12 @@ struct Owned {
     halves: Vec<u16>,
     zero: Vec<u16>,
     counts: Vec<u8>,
-    index: Vec<u8>,
-    residual: Vec<u16>,
+    outliers: Vec<[u8; 3]>,
 }
 
 impl Owned {
     fn new(n: &mut Noise, form: Form, d: usize, len: usize, size: f32, outliers: usize) -> Self {
-        let mut o = Owned { form, d, codes: vec![], lut: vec![], halves: vec![], zero: vec![], counts: vec![], index: vec![], residual: vec![] };
+        let mut o = Owned { form, d, codes: vec![], lut: vec![], halves: vec![], zero: vec![], counts: vec![], outliers: vec![] };
         let mut half = |n: &mut Noise| f16::from_f32(n.unit() * size).to_bits();
         let (bits, group) = match form {
             Form::Rows | Form::Tile => {
@@ -99,8 +98,10 @@ impl Owned {
             places.sort();
             places.dedup();
             o.counts.push(places.len() as u8);
-            o.residual.extend(places.iter().map(|_| half(n)));
-            o.index.extend(places);
+            o.outliers.extend(places.into_iter().map(|p| {
+                let [low, high] = half(n).to_le_bytes();
+                [p, low, high]
+            }));
         }
         o
     }
@@ -110,12 +111,12 @@ impl Owned {
             Form::Rows => SideView::Rows { data: &self.halves, stride: self.d, head_dim: self.d },
             Form::Tile => SideView::Tile { data: &self.halves },
             Form::Static(b) => SideView::Coded(
-                CodedView::new(b, self.d, &self.codes, &self.lut, true, &[], &[], 0, &self.counts, &self.index, &self.residual).unwrap(),
+                CodedView::new(b, self.d, &self.codes, &self.lut, true, &[], &[], 0, &self.counts, &self.outliers).unwrap(),
             ),
             Form::Token(b, g, _) => {
                 let g = if g == 0 { self.d } else { g };
                 let (s, z) = (&self.halves, &self.zero);
-                SideView::Coded(CodedView::new(b, self.d, &self.codes, &self.lut, false, s, z, g, &self.counts, &self.index, &self.residual).unwrap())
+                SideView::Coded(CodedView::new(b, self.d, &self.codes, &self.lut, false, s, z, g, &self.counts, &self.outliers).unwrap())
             }
         }
     }
@@ -137,8 +138,9 @@ impl Owned {
         let mut x = scale * table[get_code(unit, bits, c % 4, t) as usize] as f64 + zero;
         let first: usize = self.counts[..c / 4].iter().map(|&n| n as usize).sum();
         for o in first..first + self.counts[c / 4] as usize {
-            if self.index[o] as usize == c % 4 * 64 + t {
-                x += half(self.residual[o]);
+            let [place, low, high] = self.outliers[o];
+            if place as usize == c % 4 * 64 + t {
+                x += half(u16::from_le_bytes([low, high]));
             }
         }
         x
@@ -291,13 +293,13 @@ fn states_of_parts_merge_to_the_whole() {
 
 #[test]
 fn parts_that_do_not_fit_are_refused() {
-    let ok = CodedView::new(3, 8, &[0; 48], &[0.0; 64], true, &[], &[], 0, &[1, 0], &[3], &[0]);
+    let ok = CodedView::new(3, 8, &[0; 48], &[0.0; 64], true, &[], &[], 0, &[1, 0], &[[3, 0, 0]]);
     assert!(ok.is_ok());
-    let short = CodedView::new(3, 8, &[0; 47], &[0.0; 64], true, &[], &[], 0, &[1, 0], &[3], &[0]);
+    let short = CodedView::new(3, 8, &[0; 47], &[0.0; 64], true, &[], &[], 0, &[1, 0], &[[3, 0, 0]]);
     assert_eq!(short.unwrap_err(), ViewError { part: "codes", expected: 48, got: 47 });
-    assert_eq!(CodedView::new(3, 8, &[0; 48], &[0.0; 64], true, &[], &[], 0, &[2, 0], &[3], &[0]).unwrap_err().part, "outlier indices");
-    assert_eq!(CodedView::new(3, 8, &[0; 48], &[0.0; 8], false, &[0; 63], &[], 8, &[0, 0], &[], &[]).unwrap_err().part, "scale");
-    assert!(CodedView::new(5, 8, &[0; 80], &[0.0; 256], true, &[], &[], 0, &[0, 0], &[], &[]).is_err());
+    assert_eq!(CodedView::new(3, 8, &[0; 48], &[0.0; 64], true, &[], &[], 0, &[2, 0], &[[3, 0, 0]]).unwrap_err().part, "outliers");
+    assert_eq!(CodedView::new(3, 8, &[0; 48], &[0.0; 8], false, &[0; 63], &[], 8, &[0, 0], &[]).unwrap_err().part, "scale");
+    assert!(CodedView::new(5, 8, &[0; 80], &[0.0; 256], true, &[], &[], 0, &[0, 0], &[]).is_err());
     let tile = [0u16; 8 * 64];
     let (a, b) = (SideView::Tile { data: &tile }, SideView::Tile { data: &tile[..4 * 64] });
     assert!(BlockView::new(a, b, 64, None).is_err());

@@ -1,6 +1,7 @@
 //! Borrowed views of one KV head's part of a block. They bind codes, tables and lengths, so that a safe call
 //! cannot mismatch them: every constructor checks all sizes once, and the kernels rely on it.
 
+use half::f16;
 use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, unit_words};
 
 use crate::rope::Rotation;
@@ -32,7 +33,7 @@ fn expect(part: &'static str, expected: usize, got: usize) -> Result<(), ViewErr
 /// lut       [head_dim][2^bits] f32 (static, scale and zero inside)  or  [2^bits] (then scale and zero by token)
 /// scale     [groups][64] fp16 bits, empty when static;  zero likewise, empty when scales have no zero point
 /// counts    [head_dim / 4] u8: outliers of each unit, then, unit after unit:
-/// index     u8 = channel_in_unit * 64 + token;   residual  fp16 bits, added to the dense value
+/// outliers  [u8; 3]: channel_in_unit * 64 + token, then the fp16 residual, low byte first, added to the dense value
 /// ```
 #[derive(Debug, Clone, Copy)]
 pub struct CodedView<'a> {
@@ -45,8 +46,7 @@ pub struct CodedView<'a> {
     pub(super) zero: &'a [u16],
     pub(super) group_channels: usize,
     pub(super) counts: &'a [u8],
-    pub(super) index: &'a [u8],
-    pub(super) residual: &'a [u16],
+    pub(super) outliers: &'a [[u8; 3]],
 }
 
 impl<'a> CodedView<'a> {
@@ -65,8 +65,7 @@ impl<'a> CodedView<'a> {
         zero: &'a [u16],
         group_channels: usize,
         counts: &'a [u8],
-        index: &'a [u8],
-        residual: &'a [u16],
+        outliers: &'a [[u8; 3]],
     ) -> Result<Self, ViewError> {
         if !(2..=4).contains(&bits) {
             return Err(ViewError { part: "bits (2, 3 or 4)", expected: 3, got: bits as usize });
@@ -89,16 +88,19 @@ impl<'a> CodedView<'a> {
             }
         }
         expect("outlier counts", units, counts.len())?;
-        let outliers = counts.iter().map(|&c| c as usize).sum();
-        expect("outlier indices", outliers, index.len())?;
-        expect("outlier residuals", outliers, residual.len())?;
-        Ok(CodedView { bits, head_dim, codes, lut, per_channel, scale, zero, group_channels, counts, index, residual })
+        expect("outliers", counts.iter().map(|&c| c as usize).sum(), outliers.len())?;
+        Ok(CodedView { bits, head_dim, codes, lut, per_channel, scale, zero, group_channels, counts, outliers })
     }
 
     /// Codes of a unit.
     pub(super) fn unit(&self, unit: usize) -> &'a [u32] {
         let words = unit_words(self.bits);
         &self.codes[unit * words..(unit + 1) * words]
+    }
+
+    /// Places (below 256, by their type) and residuals of the outliers `first .. end`.
+    pub(super) fn outliers(&self, first: usize, end: usize) -> impl Iterator<Item = (usize, f32)> {
+        self.outliers[first..end].iter().map(|&[place, low, high]| (place as usize, f16::from_le_bytes([low, high]).to_f32()))
     }
 
     /// The table of a channel of this head.

@@ -203,9 +203,8 @@ fn mix_scaled(v: &CodedView<'_>, weights: &[[f32; TOKENS]], d: usize, len: usize
         }
         mix_unit(&scaled[..n], d, u, values, out);
         let end = first + v.counts[u] as usize;
-        for (&i, &residual) in v.index[first..end].iter().zip(&v.residual[first..end]) {
-            let (channel, token) = (u * UNIT_CHANNELS + i as usize / TOKENS, i as usize % TOKENS);
-            let residual = f16::from_bits(residual).to_f32();
+        for (place, residual) in v.outliers(first, end) {
+            let (channel, token) = (u * UNIT_CHANNELS + place / TOKENS, place % TOKENS);
             for (r, w) in weights.iter().enumerate() {
                 out[r * d + channel] += w[token] * residual;
             }

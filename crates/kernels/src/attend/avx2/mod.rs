@@ -209,8 +209,8 @@ fn scale_unit(v: &CodedView<'_>, unit: usize, s: &TokenScales, out: &mut [f32; U
 #[inline]
 fn add_outliers(v: &CodedView<'_>, unit: usize, first: usize, out: &mut [f32; UNIT]) -> usize {
     let end = first + v.counts[unit] as usize;
-    for (&i, &r) in v.index[first..end].iter().zip(&v.residual[first..end]) {
-        out[i as usize] += f16::from_bits(r).to_f32();
+    for (place, residual) in v.outliers(first, end) {
+        out[place] += residual;
     }
     end
 }
