@@ -197,7 +197,13 @@ impl History<'_> {
 }
 
 /// Queries `tokens` of the call, the first at `position`, against everything stored, their own tokens included.
-pub(crate) fn quantized(history: &History<'_>, queries: &Queries, tokens: Range<usize>, position: usize, out: &mut [f32]) -> Result<(), CacheError> {
+pub(crate) fn quantized(
+    history: &History<'_>,
+    queries: &Queries,
+    tokens: Range<usize>,
+    position: usize,
+    out: &mut [f32],
+) -> Result<(), CacheError> {
     history.run(queries, tokens, position, out, |_, _| Ok(()))
 }
 

@@ -3,7 +3,7 @@
 use half::f16;
 use kvquant_kernels::attend::{Kernels, SideView, ViewError};
 use kvquant_quant::pack::BLOCK_TOKENS;
-use kvquant_quant::{QuantError, Side};
+use kvquant_quant::{QuantError, Side, fits_half};
 
 use crate::bytes::Bytes;
 use crate::coded::{CodedBlock, Layout, Quantizers};
@@ -25,7 +25,7 @@ pub(crate) struct Tile {
 #[derive(Debug, Clone)]
 pub(crate) enum Block {
     /// Open fp16 block, or part of the recent window.
-    Rows(Rows),
+    Rows(Box<Rows>),
     /// Full block of an fp16 cache.
     Tile(Tile),
     Coded(CodedBlock),
@@ -35,8 +35,7 @@ pub(crate) enum Block {
 pub(crate) type TokenError = (Side, QuantError);
 
 fn to_half(side: Side, x: &[f32], out: &mut Vec<u16>) -> Result<(), TokenError> {
-    // f16::MAX is 65504; the comparison is false for NaN as well.
-    if let Some(channel) = x.iter().position(|v| !(v.abs() <= 65504.0)) {
+    if let Some(channel) = x.iter().position(|v| !fits_half(*v)) {
         return Err((side, QuantError::NotFinite { channel, value: x[channel] }));
     }
     out.extend(x.iter().map(|&v| f16::from_f32(v).to_bits()));
@@ -146,15 +145,15 @@ impl Block {
         match self {
             Block::Rows(r) => r.truncate(len, cx.channels),
             Block::Tile(_) => {
-                let Block::Tile(tile) = std::mem::replace(self, Block::Rows(Rows::default())) else { return Ok(()) };
+                let Block::Tile(tile) = std::mem::replace(self, Block::Rows(Box::default())) else { return Ok(()) };
                 let mut rows = tile.into_rows(cx.channels);
                 rows.truncate(len, cx.channels);
-                *self = Block::Rows(rows);
+                *self = Block::Rows(rows.into());
             }
             Block::Coded(c) if window => {
                 c.truncate(cx.codec.expect("a coded block has a codec").0, len);
                 let rows = self.decoded(cx, len)?;
-                *self = Block::Rows(rows);
+                *self = Block::Rows(rows.into());
             }
             Block::Coded(c) => c.truncate(cx.codec.expect("a coded block has a codec").0, len),
         }
@@ -183,7 +182,7 @@ impl Block {
     pub fn bytes(&self, cx: &Context<'_>) -> Bytes {
         let exact = |n| Bytes { exact: n, ..Bytes::default() };
         match self {
-            Block::Rows(r) => exact(r.bytes()),
+            Block::Rows(r) => exact(r.bytes() + size_of::<Rows>()),
             Block::Tile(t) => exact(2 * (t.k.len() + t.v.len())),
             Block::Coded(c) => c.bytes(cx.codec.expect("a coded block has a codec").0),
         }

@@ -72,7 +72,10 @@ struct Place {
 
 impl Layout {
     pub fn new(q: &Quantizers, channels: usize, head_dim: usize) -> Self {
-        Layout { key: SideLayout::new(&q.key, channels, head_dim), value: SideLayout::new(&q.value, channels, head_dim) }
+        Layout {
+            key: SideLayout::new(&q.key, channels, head_dim),
+            value: SideLayout::new(&q.value, channels, head_dim),
+        }
     }
 
     fn places(&self) -> [Place; 2] {
@@ -92,7 +95,7 @@ impl Layout {
     }
 
     fn words(&self) -> usize {
-        self.places()[1].counts.end.div_ceil(4)
+        (self.places()[1].counts.end + 1).div_ceil(4)
     }
 }
 
@@ -104,6 +107,7 @@ impl Layout {
 ///           key scales  [groups][64] fp16, then zero points [groups][64] fp16   (per-token scopes only)
 ///           value scales likewise
 ///           counts      [C / 4] u8 for keys, then for values: outliers of each unit
+///           tokens      u8
 /// outliers  [place, residual low, residual high] an outlier, unit by unit, keys first
 ///           place = channel_in_unit * 64 + token;  residual = fp16(exact value - dense value)
 /// ```
@@ -111,19 +115,24 @@ impl Layout {
 pub(crate) struct CodedBlock {
     fixed: Box<[u32]>,
     outliers: Vec<[u8; 3]>,
-    len: u8,
 }
 
 // A block's header is part of the bits that are reported.
-const _: () = assert!(size_of::<CodedBlock>() <= 48);
+const _: () = assert!(size_of::<CodedBlock>() <= 40);
+/// Outliers that an open block makes room for at a time: doubling would leave much of it unused.
+const GROW_OUTLIERS: usize = 32;
 
 impl CodedBlock {
     pub fn new(layout: &Layout) -> Self {
-        CodedBlock { fixed: vec![0; layout.words()].into(), outliers: Vec::new(), len: 0 }
+        CodedBlock { fixed: vec![0; layout.words()].into(), outliers: Vec::new() }
     }
 
     pub fn len(&self) -> usize {
-        self.len as usize
+        *bytemuck::cast_slice::<u32, u8>(&self.fixed).last().expect("the token count ends the block") as usize
+    }
+
+    fn set_len(&mut self, len: usize) {
+        *self.bytes_mut().last_mut().expect("the token count ends the block") = len as u8;
     }
 
     fn halves(&self) -> &[u16] {
@@ -149,14 +158,14 @@ impl CodedBlock {
         for (side, (l, codes)) in [(&layout.key, key), (&layout.value, value)].into_iter().enumerate() {
             self.set(l, &places, side, codes);
         }
-        self.len += 1;
-        if self.len as usize == BLOCK_TOKENS {
+        self.set_len(self.len() + 1);
+        if self.len() == BLOCK_TOKENS {
             self.outliers.shrink_to_fit();
         }
     }
 
     fn set(&mut self, l: &SideLayout, places: &[Place; 2], side: usize, codes: &TokenCodes) {
-        let (token, place) = (self.len as usize, &places[side]);
+        let (token, place) = (self.len(), &places[side]);
         let words = unit_words(l.bits);
         let units = self.fixed[place.codes.clone()].chunks_exact_mut(words);
         for (unit, four) in units.zip(codes.codes.as_chunks::<UNIT_CHANNELS>().0) {
@@ -185,6 +194,9 @@ impl CodedBlock {
         let at = places[side].counts.start + unit;
         if self.bytes_mut()[at] < u8::MAX {
             self.bytes_mut()[at] += 1;
+            if self.outliers.len() == self.outliers.capacity() {
+                self.outliers.reserve_exact(GROW_OUTLIERS);
+            }
             self.outliers.insert(range.end, entry);
             return;
         }
@@ -203,7 +215,13 @@ impl CodedBlock {
         for (side, l) in [&layout.key, &layout.value].into_iter().enumerate() {
             for unit in 0..l.units() {
                 let of_unit = self.outlier_range(&places, side, unit..unit + 1);
-                kept.push(self.outliers[of_unit].iter().filter(|e| (e[0] as usize) % BLOCK_TOKENS < len).copied().collect::<Vec<_>>());
+                kept.push(
+                    self.outliers[of_unit]
+                        .iter()
+                        .filter(|e| (e[0] as usize) % BLOCK_TOKENS < len)
+                        .copied()
+                        .collect::<Vec<_>>(),
+                );
             }
         }
         let counts = places[0].counts.start..places[1].counts.end;
@@ -223,16 +241,28 @@ impl CodedBlock {
                 group[len..].fill(0);
             }
         }
-        self.len = len as u8;
+        self.set_len(len);
     }
 
     /// One head's keys and values.
-    pub fn views<'a>(&'a self, layout: &Layout, q: &'a Quantizers, head: usize) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
+    pub fn views<'a>(
+        &'a self,
+        layout: &Layout,
+        q: &'a Quantizers,
+        head: usize,
+    ) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
         let places = layout.places();
         Ok((self.view(&layout.key, &places, 0, &q.key, head)?, self.view(&layout.value, &places, 1, &q.value, head)?))
     }
 
-    fn view<'a>(&'a self, l: &SideLayout, places: &[Place; 2], side: usize, q: &'a SideQuantizer, head: usize) -> Result<SideView<'a>, ViewError> {
+    fn view<'a>(
+        &'a self,
+        l: &SideLayout,
+        places: &[Place; 2],
+        side: usize,
+        q: &'a SideQuantizer,
+        head: usize,
+    ) -> Result<SideView<'a>, ViewError> {
         let place = &places[side];
         let units = l.head_dim / UNIT_CHANNELS;
         let words = units * unit_words(l.bits);
@@ -259,7 +289,18 @@ impl CodedBlock {
         };
         let zero = if zero.is_empty() { zero } else { &zero[groups.clone()] };
         let outliers = &self.outliers[outliers];
-        let coded = CodedView::new(l.bits, l.head_dim, codes, table, lut.per_channel, &scale[groups], zero, group_channels, counts, outliers)?;
+        let coded = CodedView::new(
+            l.bits,
+            l.head_dim,
+            codes,
+            table,
+            lut.per_channel,
+            &scale[groups],
+            zero,
+            group_channels,
+            counts,
+            outliers,
+        )?;
         Ok(SideView::Coded(coded))
     }
 

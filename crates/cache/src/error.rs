@@ -18,7 +18,9 @@ pub enum CacheError {
         supported: &'static str,
     },
     /// The spec needs calibrated thresholds or codebooks and no quantizer file was given.
-    #[error("cache spec {spec} needs a quantizer file; make one with `kvquant calibrate MODEL --self --kv {spec} -o FILE` and pass it with --quantizer FILE")]
+    #[error(
+        "cache spec {spec} needs a quantizer file; make one with `kvquant calibrate MODEL --self --kv {spec} -o FILE` and pass it with --quantizer FILE"
+    )]
     NeedsQuantizer {
         /// The spec as asked for.
         spec: String,
@@ -35,7 +37,9 @@ pub enum CacheError {
         source: QuantError,
     },
     /// A key or value can't be stored: not finite, or beyond fp16.
-    #[error("layer {layer}, position {position}, {side:?}: {source}; the model's activations are broken or beyond fp16")]
+    #[error(
+        "layer {layer}, position {position}, {side:?}: {source}; the model's activations are broken or beyond fp16"
+    )]
     Token {
         /// Layer from 0.
         layer: usize,

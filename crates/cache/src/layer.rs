@@ -100,15 +100,14 @@ impl Layer {
             }
             self.blocks.push(match &self.codec {
                 Some(codec) if self.recent == 0 => Block::Coded(CodedBlock::new(&codec.layout)),
-                _ => Block::Rows(Rows::with_room(BLOCK_TOKENS, self.channels)),
+                _ => Block::Rows(Rows::with_room(BLOCK_TOKENS, self.channels).into()),
             });
         }
         let pushed = match (self.blocks.last_mut().expect("a block was opened above"), &self.codec) {
-            (Block::Coded(block), Some(codec)) => {
-                quantize(codec, k, v, &mut self.key_codes, &mut self.value_codes).map(|()| {
+            (Block::Coded(block), Some(codec)) => quantize(codec, k, v, &mut self.key_codes, &mut self.value_codes)
+                .map(|()| {
                     block.push(&codec.layout, &self.key_codes, &self.value_codes);
-                })
-            }
+                }),
             (Block::Rows(rows), _) => rows.push(k, v),
             _ => unreachable!("only the last block is open, and a tile or foreign block is never last and short"),
         };
@@ -121,7 +120,7 @@ impl Layer {
         self.len += 1;
         if self.codec.is_none() && (self.len - self.sinks).is_multiple_of(BLOCK_TOKENS) {
             let last = self.blocks.last_mut().expect("a block was filled above");
-            if let Block::Rows(rows) = std::mem::replace(last, Block::Rows(Rows::default())) {
+            if let Block::Rows(rows) = std::mem::replace(last, Block::Rows(Box::default())) {
                 *last = Block::Tile(rows.into_tile(self.channels));
             }
         }
@@ -182,7 +181,13 @@ impl Layer {
     }
 }
 
-fn quantize(codec: &Codec, k: &[f32], v: &[f32], key: &mut TokenCodes, value: &mut TokenCodes) -> Result<(), TokenError> {
+fn quantize(
+    codec: &Codec,
+    k: &[f32],
+    v: &[f32],
+    key: &mut TokenCodes,
+    value: &mut TokenCodes,
+) -> Result<(), TokenError> {
     use kvquant_quant::Side;
     codec.quantizers.key.quantize(k, key).map_err(|e| (Side::Key, e))?;
     codec.quantizers.value.quantize(v, value).map_err(|e| (Side::Value, e))

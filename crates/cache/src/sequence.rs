@@ -71,7 +71,12 @@ impl Cache {
     ///
     /// # Errors
     /// The shape is not supported, the quantizer is missing, lacks a fit for the spec, or is of another model.
-    pub fn new(shape: CacheShape, spec: &Spec, quantizer: Option<&Quantizer>, rope: Arc<Rope>) -> Result<Self, CacheError> {
+    pub fn new(
+        shape: CacheShape,
+        spec: &Spec,
+        quantizer: Option<&Quantizer>,
+        rope: Arc<Rope>,
+    ) -> Result<Self, CacheError> {
         check_shape(&shape, spec, &rope)?;
         let channels = shape.channels();
         let fit = match quantizer {
@@ -144,12 +149,23 @@ impl Cache {
     ///
     /// # Errors
     /// Wrong lengths; a key or value that is not finite or is beyond fp16. Call `rollback` then.
-    pub fn extend(&mut self, layer: usize, q: &[f32], k: &[f32], v: &[f32], prefill: Prefill, out: &mut [f32]) -> Result<(), CacheError> {
+    pub fn extend(
+        &mut self,
+        layer: usize,
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        prefill: Prefill,
+        out: &mut [f32],
+    ) -> Result<(), CacheError> {
         let (c, wide) = (self.shape.channels(), self.shape.heads * self.shape.head_dim);
         let n = k.len() / c;
-        for (what, expected, got) in
-            [("k", n * c, k.len()), ("v", n * c, v.len()), ("q", n * wide, q.len()), ("attention output", n * wide, out.len())]
-        {
+        for (what, expected, got) in [
+            ("k", n * c, k.len()),
+            ("v", n * c, v.len()),
+            ("q", n * wide, q.len()),
+            ("attention output", n * wide, out.len()),
+        ] {
             if expected != got {
                 return Err(CacheError::Length { what, expected, got });
             }
@@ -174,7 +190,8 @@ impl Cache {
             &turned[..]
         };
         let queries = self.angles.queries(q, self.shape.heads, self.shape.kv_heads, self.shape.head_dim);
-        let failed = |position: usize| move |(side, source): TokenError| CacheError::Token { layer, position, side, source };
+        let failed =
+            |position: usize| move |(side, source): TokenError| CacheError::Token { layer, position, side, source };
         if prefill == Prefill::Exact && n > 1 {
             let mut own = Vec::with_capacity(n.div_ceil(BLOCK_TOKENS));
             for (i, (k, v)) in k.chunks_exact(c).zip(v.chunks_exact(c)).enumerate() {
@@ -201,7 +218,13 @@ impl Cache {
             }
             self.layers[layer].seal(at).map_err(failed(at))?;
             let rows = at - start..run - start;
-            attend::quantized(&self.history(layer), &queries, rows.clone(), at, &mut out[rows.start * wide..rows.end * wide])?;
+            attend::quantized(
+                &self.history(layer),
+                &queries,
+                rows.clone(),
+                at,
+                &mut out[rows.start * wide..rows.end * wide],
+            )?;
             at = run;
         }
         Ok(())

@@ -14,7 +14,9 @@ use crate::progress::Progress;
 use crate::quantizers;
 
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  kvquant ablate smollm2-135m --on book.txt --self -o docs/quality.md\n\nWithout --quantizer it calibrates first, on --text or on self-sampled text, once for all caches.")]
+#[command(
+    after_help = "Example:\n  kvquant ablate smollm2-135m --on book.txt --self -o docs/quality.md\n\nWithout --quantizer it calibrates first, on --text or on self-sampled text, once for all caches."
+)]
 pub struct Args {
     /// Known model or GGUF file
     model: String,
@@ -43,11 +45,17 @@ pub struct Args {
 /// A table: what it shows, and its caches.
 const TABLES: [(&str, &[&str]); 7] = [
     ("Widths", &["fp16", "nuq4-1%+sink1", "nuq3-1%+sink1", "nuq2-1%+sink1"]),
-    ("Scopes: keys per channel or token, values per token or channel", &["nuq3-1%+sink1", "nuq3-1%+sink1+ktoken", "nuq3-1%+sink1+vchannel"]),
+    (
+        "Scopes: keys per channel or token, values per token or channel",
+        &["nuq3-1%+sink1", "nuq3-1%+sink1+ktoken", "nuq3-1%+sink1+vchannel"],
+    ),
     ("Keys before or after RoPE", &["nuq3-1%+sink1", "nuq3-1%+sink1+postrope"]),
     ("Codebooks", &["nuq3-1%+sink1", "nf3-1%+sink1", "int3-1%+sink1", "int3+sink1"]),
     ("Outliers and sinks", &["nuq3-1%+sink1", "nuq3-1%", "nuq3+sink1", "nuq3", "nuq3-1%+sink1+recent32"]),
-    ("Weights of the codebook fit, and Q-Norm", &["nuq3-1%+sink1", "nuq3-1%+sink1+wfisher", "nuq3-1%+sink1+wnone", "nuq2-1%+sink1", "nuq2-1%+sink1+qnorm"]),
+    (
+        "Weights of the codebook fit, and Q-Norm",
+        &["nuq3-1%+sink1", "nuq3-1%+sink1+wfisher", "nuq3-1%+sink1+wnone", "nuq2-1%+sink1", "nuq2-1%+sink1+qnorm"],
+    ),
     ("Per-token groups, without calibration", &["int4-g32", "int4-g32+asym", "int3-g32", "nf4-g32"]),
 ];
 
@@ -73,8 +81,14 @@ pub fn run(args: Args) -> Result<()> {
         }
     };
     let ids = loaded.tokenizer.encode(&text, false)?;
-    let candidates: Vec<_> = names.iter().zip(&specs).map(|(n, s)| (n.to_string(), s.clone(), quantizer.as_ref())).collect();
-    let options = EvalOptions { ctx: args.source.ctx(), windows: args.eval_windows, first_window: 0, prefill: Prefill::Quantized };
+    let candidates: Vec<_> =
+        names.iter().zip(&specs).map(|(n, s)| (n.to_string(), s.clone(), quantizer.as_ref())).collect();
+    let options = EvalOptions {
+        ctx: args.source.ctx(),
+        windows: args.eval_windows,
+        first_window: 0,
+        prefill: Prefill::Quantized,
+    };
     let name = args.on.file_name().unwrap_or_default().to_string_lossy();
     let mut progress = Progress::new();
     let report = evaluate(&loaded.model, &loaded.name, &ids, &name, &candidates, &options, &mut |done, total| {

@@ -13,7 +13,9 @@ use crate::output::{bytes, peak_memory, read_text};
 use crate::progress::Progress;
 
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  kvquant calibrate smollm2-135m --self --kv nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1 -o smollm2.safetensors\n  kvquant calibrate model.gguf --text book.txt --kv nuq3-1%+sink1 -o model.safetensors")]
+#[command(
+    after_help = "Examples:\n  kvquant calibrate smollm2-135m --self --kv nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1 -o smollm2.safetensors\n  kvquant calibrate model.gguf --text book.txt --kv nuq3-1%+sink1 -o model.safetensors"
+)]
 pub struct Args {
     /// Known model or GGUF file
     model: String,
@@ -75,7 +77,10 @@ pub fn fit(loaded: &Loaded, source: &Source, specs: &[Spec]) -> Result<Quantizer
             if ids.len() < need {
                 let (got, n) = (ids.len(), source.windows);
                 let text = path.display();
-                let problem = format!("{text}: {got} tokens, and {n} windows of {} need {need}; use a longer text or fewer --windows", source.ctx);
+                let problem = format!(
+                    "{text}: {got} tokens, and {n} windows of {} need {need}; use a longer text or fewer --windows",
+                    source.ctx
+                );
                 return Err(Input(problem).into());
             }
             let windows = ids.chunks_exact(source.ctx).take(source.windows).map(<[u32]>::to_vec).collect();
@@ -104,7 +109,12 @@ pub fn run(args: Args) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         let peak = peak.map_or("unknown".into(), bytes);
-        println!("{}: {}, {} fits, in {seconds:.0} s, {peak} of memory at most", args.output.display(), bytes(size as f64), quantizer.fits.len());
+        println!(
+            "{}: {}, {} fits, in {seconds:.0} s, {peak} of memory at most",
+            args.output.display(),
+            bytes(size as f64),
+            quantizer.fits.len()
+        );
     }
     Ok(())
 }

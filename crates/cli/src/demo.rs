@@ -6,9 +6,9 @@ use anyhow::Result;
 use kvquant_cache::Prefill;
 use kvquant_eval::{EvalOptions, evaluate, table};
 use kvquant_model::generate::{Event, GenerateOptions, generate};
+use kvquant_model::pull::KNOWN;
 use kvquant_model::sampling::{Sampler, SamplingParams};
 use kvquant_model::template::Message;
-use kvquant_model::pull::KNOWN;
 use kvquant_quant::Spec;
 
 use crate::generate::{interrupted, to_stdout};
@@ -23,7 +23,9 @@ const QUESTION: &str = "Where is the spare key of the flag locker kept?";
 const SPECS: [&str; 2] = ["fp16", "nuq3-1%+sink1"];
 
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  kvquant demo\n\nThe model is fetched if it is not there. The text and the question come with the program.")]
+#[command(
+    after_help = "Example:\n  kvquant demo\n\nThe model is fetched if it is not there. The text and the question come with the program."
+)]
 pub struct Args {
     /// Print the comparison as JSON when done, instead of streaming
     #[arg(long)]
@@ -88,9 +90,10 @@ pub fn run(args: Args) -> Result<()> {
     let options = EvalOptions { ctx: text.len().min(2048), windows: 1, first_window: 0, prefill: Prefill::Quantized };
     let candidates: Vec<_> = specs.iter().map(|s| (s.to_string(), s.clone(), quantizer.as_ref())).collect();
     let mut progress = Progress::new();
-    let report = evaluate(&loaded.model, &loaded.name, &text, "the handbook", &candidates, &options, &mut |done, total| {
-        progress.update("measuring quality", done as u64, total as u64);
-    })?;
+    let report =
+        evaluate(&loaded.model, &loaded.name, &text, "the handbook", &candidates, &options, &mut |done, total| {
+            progress.update("measuring quality", done as u64, total as u64);
+        })?;
     progress.clear();
     if args.json {
         let all: Vec<_> = runs
@@ -107,7 +110,20 @@ pub fn run(args: Args) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&all)?);
         return Ok(());
     }
-    let mut rows = vec![["", "prefill tok/s", "decode tok/s", "cache", "bytes/token", "bits/element", "perplexity", "mean KLD", "top-1"].map(String::from)];
+    let mut rows = vec![
+        [
+            "",
+            "prefill tok/s",
+            "decode tok/s",
+            "cache",
+            "bytes/token",
+            "bits/element",
+            "perplexity",
+            "mean KLD",
+            "top-1",
+        ]
+        .map(String::from),
+    ];
     rows.extend(runs.iter().zip(&report.results).map(|(r, e)| {
         [
             r.spec.to_string(),
@@ -122,6 +138,10 @@ pub fn run(args: Args) -> Result<()> {
         ]
     }));
     println!("\n{}", table(&rows));
-    println!("Perplexity and KL divergence on the first {} tokens of the text, against the fp16 cache; {:.0} s in all.", options.ctx, start.elapsed().as_secs_f64());
+    println!(
+        "Perplexity and KL divergence on the first {} tokens of the text, against the fp16 cache; {:.0} s in all.",
+        options.ctx,
+        start.elapsed().as_secs_f64()
+    );
     Ok(())
 }

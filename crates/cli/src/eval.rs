@@ -13,7 +13,9 @@ use crate::progress::Progress;
 use crate::quantizers;
 
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  kvquant eval smollm2-135m --text book.txt --kv fp16,nuq4-1%+sink1,nuq3-1%+sink1 --windows 2 --plot quality.svg\n\nThe text is cut into windows from its start, without a beginning-of-text token; the first token of a window is not scored.\nBits count everything that the cache stores, at the end of a window.")]
+#[command(
+    after_help = "Example:\n  kvquant eval smollm2-135m --text book.txt --kv fp16,nuq4-1%+sink1,nuq3-1%+sink1 --windows 2 --plot quality.svg\n\nThe text is cut into windows from its start, without a beginning-of-text token; the first token of a window is not scored.\nBits count everything that the cache stores, at the end of a window."
+)]
 pub struct Args {
     /// Known model or GGUF file
     model: String,
@@ -70,8 +72,12 @@ pub fn run(args: Args) -> Result<()> {
     let quantizer = quantizers::find(args.quantizer.as_deref(), &loaded.model, &specs)?;
     let ids = loaded.tokenizer.encode(&text, false)?;
     let candidates: Vec<_> = kvs.into_iter().map(|(name, s)| (name, s, quantizer.as_ref())).collect();
-    let options =
-        EvalOptions { ctx: args.ctx, windows: args.windows, first_window: args.first_window, prefill: args.prefill.into() };
+    let options = EvalOptions {
+        ctx: args.ctx,
+        windows: args.windows,
+        first_window: args.first_window,
+        prefill: args.prefill.into(),
+    };
     let name = args.text.file_name().unwrap_or_default().to_string_lossy();
     let mut progress = Progress::new();
     let report = evaluate(&loaded.model, &loaded.name, &ids, &name, &candidates, &options, &mut |done, total| {

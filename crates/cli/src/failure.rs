@@ -67,7 +67,9 @@ fn file(e: &FileError) -> bool {
 
 fn forward(e: &ForwardError) -> bool {
     match e {
-        ForwardError::Gguf(_) | ForwardError::Empty | ForwardError::ContextFull { .. } | ForwardError::Tokenizer(_) => true,
+        ForwardError::Gguf(_) | ForwardError::Empty | ForwardError::ContextFull { .. } | ForwardError::Tokenizer(_) => {
+            true
+        }
         ForwardError::Quantizer(f) => file(f),
         ForwardError::Cache(c) => match c {
             CacheError::NeedsQuantizer { .. } | CacheError::Unsupported { .. } | CacheError::Fit { .. } => true,

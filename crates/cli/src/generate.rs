@@ -20,7 +20,9 @@ use crate::progress::Progress;
 use crate::quantizers;
 
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  kvquant generate smollm2-135m -p \"Name three rivers.\" --kv nuq3-1%+sink1\n  kvquant generate model.gguf -f question.txt --kv nuq4-1%+sink1 --quantizer model.safetensors --temperature 0.7 --top-p 0.9\n\nCtrl-C ends the answer and keeps what is there.")]
+#[command(
+    after_help = "Examples:\n  kvquant generate smollm2-135m -p \"Name three rivers.\" --kv nuq3-1%+sink1\n  kvquant generate model.gguf -f question.txt --kv nuq4-1%+sink1 --quantizer model.safetensors --temperature 0.7 --top-p 0.9\n\nCtrl-C ends the answer and keeps what is there."
+)]
 pub struct Args {
     #[command(flatten)]
     common: Common,
@@ -208,7 +210,9 @@ pub fn run(args: Args) -> Result<()> {
         (Some(p), _) => p.clone(),
         (None, Some(path)) if path.as_os_str() == "-" => {
             let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).map_err(|e| Input(format!("standard input: cannot read the prompt: {e}")))?;
+            std::io::stdin()
+                .read_to_string(&mut text)
+                .map_err(|e| Input(format!("standard input: cannot read the prompt: {e}")))?;
             text
         }
         (None, Some(path)) => read_text(path)?,

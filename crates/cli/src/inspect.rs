@@ -16,7 +16,9 @@ use crate::output::bytes;
 use crate::progress::Progress;
 
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  kvquant inspect smollm2-135m\n  kvquant inspect smollm2.safetensors --json\n  kvquant inspect --cpu")]
+#[command(
+    after_help = "Examples:\n  kvquant inspect smollm2-135m\n  kvquant inspect smollm2.safetensors --json\n  kvquant inspect --cpu"
+)]
 pub struct Args {
     /// A GGUF file, a quantizer file, or a known model
     #[arg(required_unless_present = "cpu")]
@@ -65,7 +67,9 @@ fn model(path: &Path) -> Result<serde_json::Value> {
             Value::I64(x) => json!(x),
             Value::F64(x) => json!(x),
             Value::Bool(x) => json!(x),
-            Value::String(s) if s.chars().count() > 80 => json!(format!("{}...", s.chars().take(77).collect::<String>())),
+            Value::String(s) if s.chars().count() > 80 => {
+                json!(format!("{}...", s.chars().take(77).collect::<String>()))
+            }
             Value::String(s) => json!(s),
             Value::Strings(x) => json!(format!("{} texts", x.len())),
             Value::Ints(x) => json!(format!("{} integers", x.len())),
@@ -81,7 +85,8 @@ fn model(path: &Path) -> Result<serde_json::Value> {
         of.0 += 1;
         of.1 += t.bytes;
     }
-    let types: BTreeMap<_, _> = types.into_iter().map(|(k, (n, b))| (k, format!("{n} tensors, {}", bytes(b as f64)))).collect();
+    let types: BTreeMap<_, _> =
+        types.into_iter().map(|(k, (n, b))| (k, format!("{n} tensors, {}", bytes(b as f64)))).collect();
     // An architecture that does not run can still be looked at.
     let runs = match Config::from_gguf(&g) {
         Ok(c) => {
@@ -101,14 +106,21 @@ fn quantizer(path: &Path) -> Result<serde_json::Value> {
         .fits
         .iter()
         .map(|f| {
-            let numbers: usize = f.layers.iter().flat_map(|l| [&l.keys, &l.values]).map(|s| s.lower.len() + s.upper.len() + s.encode.len() + s.decode.len()).sum();
+            let numbers: usize = f
+                .layers
+                .iter()
+                .flat_map(|l| [&l.keys, &l.values])
+                .map(|s| s.lower.len() + s.upper.len() + s.encode.len() + s.decode.len())
+                .sum();
             let bits = f.layers.first().map_or(0, |l| l.keys.encode.len().max(1).ilog2());
             let book = if bits == 0 { "thresholds only".to_string() } else { format!("{bits}-bit codebooks") };
             (f.spec.fit_key(), format!("{book}, {} layers, {}", f.layers.len(), bytes(4.0 * numbers as f64)))
         })
         .collect();
     let size = std::fs::metadata(path).map_or(0, |m| m.len());
-    Ok(json!({ "file": path, "kind": "quantizer", "bytes": size, "model": q.model, "provenance": q.provenance, "fits": fits }))
+    Ok(
+        json!({ "file": path, "kind": "quantizer", "bytes": size, "model": q.model, "provenance": q.provenance, "fits": fits }),
+    )
 }
 
 /// Indented lines, for people.

@@ -9,7 +9,8 @@ use crate::failure::Input;
 /// Reads a UTF-8 text.
 pub fn read_text(path: &Path) -> Result<String> {
     let bytes = std::fs::read(path).map_err(|e| Input(format!("{}: cannot read the text: {e}", path.display())))?;
-    let text = String::from_utf8(bytes).map_err(|_| Input(format!("{}: not UTF-8 text; convert it first", path.display())))?;
+    let text =
+        String::from_utf8(bytes).map_err(|_| Input(format!("{}: not UTF-8 text; convert it first", path.display())))?;
     if text.trim().is_empty() {
         return Err(Input(format!("{}: the text is empty", path.display())).into());
     }

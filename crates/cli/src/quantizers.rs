@@ -29,7 +29,8 @@ pub fn find(file: Option<&Path>, model: &Model, specs: &[&Spec]) -> Result<Optio
                 q.fit(spec)?;
             }
             None => {
-                let available = "none: no quantizer file is given, and none that comes with the program fits this model".into();
+                let available =
+                    "none: no quantizer file is given, and none that comes with the program fits this model".into();
                 return Err(FileError::NoFit { spec: spec.to_string(), available }.into());
             }
         }

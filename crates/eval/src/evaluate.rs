@@ -19,7 +19,9 @@ pub enum EvalError {
     #[error(transparent)]
     Forward(#[from] ForwardError),
     /// Not enough tokens.
-    #[error("the text has {got} tokens; {windows} windows of {ctx} from window {first} on need {need}: use a longer text, fewer windows or a smaller --ctx")]
+    #[error(
+        "the text has {got} tokens; {windows} windows of {ctx} from window {first} on need {need}: use a longer text, fewer windows or a smaller --ctx"
+    )]
     TextTooShort {
         /// Tokens of the text.
         got: usize,
@@ -96,8 +98,10 @@ pub fn evaluate(
     let mut done = 0;
     for window in ids[first_window * ctx..need].chunks_exact(ctx) {
         let mut reference = model.new_cache(&Spec::Fp16, None)?;
-        let mut caches =
-            candidates.iter().map(|(_, spec, q)| model.new_cache(spec, *q)).collect::<Result<Vec<Cache>, ForwardError>>()?;
+        let mut caches = candidates
+            .iter()
+            .map(|(_, spec, q)| model.new_cache(spec, *q))
+            .collect::<Result<Vec<Cache>, ForwardError>>()?;
         let mut at = 0;
         for tokens in window.chunks(chunk) {
             let exact = model.forward(&mut [Step { tokens, cache: &mut reference, logits: Logits::All }], prefill)?;

@@ -36,7 +36,10 @@ fn draw(
 ) -> Result<(), Box<dyn std::error::Error>> {
     let root = SVGBackend::with_string(svg, (760, 460)).into_drawing_area();
     root.fill(&WHITE)?;
-    let title = format!("{}, {}: {} windows of {}, {} prefill", report.model, report.text, report.windows, report.ctx, report.prefill);
+    let title = format!(
+        "{}, {}: {} windows of {}, {} prefill",
+        report.model, report.text, report.windows, report.ctx, report.prefill
+    );
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 16))
         .margin(14)

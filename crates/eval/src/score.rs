@@ -74,7 +74,8 @@ mod tests {
     #[test]
     fn scores_follow_their_definitions() {
         let vocab = 1037;
-        let row = |seed: usize| -> Vec<f32> { (0..vocab).map(|i| ((i * 7919 + seed * 31) % 2003) as f32 / 150.0).collect() };
+        let row =
+            |seed: usize| -> Vec<f32> { (0..vocab).map(|i| ((i * 7919 + seed * 31) % 2003) as f32 / 150.0).collect() };
         let (l, r) = (row(1), row(40));
         let p = |x: &[f32]| -> Vec<f64> {
             let sum: f64 = x.iter().map(|v| (*v as f64).exp()).sum();

@@ -62,8 +62,7 @@ impl History {
     }
 }
 
-fn time<'a>(kernels: Kernels, block: impl Fn(usize) -> (SideView<'a>, SideView<'a>)) -> f64
-{
+fn time<'a>(kernels: Kernels, block: impl Fn(usize) -> (SideView<'a>, SideView<'a>)) -> f64 {
     let rope = Rope { inv_freq: (0..HEAD_DIM / 2).map(|i| 100_000f64.powf(-(i as f64) / 32.0)).collect() };
     let table = rope.block_table();
     let origin = rope.rotation(6400);
@@ -90,13 +89,25 @@ fn main() {
         .map(|i| f16::from_f32((i * 7919 % 2003) as f32 / 1000.0 - 1.0).to_bits())
         .collect();
     let tile = |b: usize| SideView::Tile { data: &half[b * HEAD_DIM * 64..(b + 1) * HEAD_DIM * 64] };
-    println!("one thread, head_dim {HEAD_DIM}, {GROUP} query heads, 1 % outliers; times for a block of 64 tokens, keys and values");
-    println!("{:8} {:12} {:>9} {:>9} {:>11} {:>14}", "backend", "cache", "us/block", "GB/s", "elements/ns", "time to fp16's");
+    println!(
+        "one thread, head_dim {HEAD_DIM}, {GROUP} query heads, 1 % outliers; times for a block of 64 tokens, keys and values"
+    );
+    println!(
+        "{:8} {:12} {:>9} {:>9} {:>11} {:>14}",
+        "backend", "cache", "us/block", "GB/s", "elements/ns", "time to fp16's"
+    );
     for kernels in Kernels::available().into_iter().rev() {
         let elements = (2 * HEAD_DIM * BLOCK_TOKENS) as f64;
         let fp16 = time(kernels, |b| (tile(b), tile(b)));
         let row = |name: &str, bits: f64, t: f64| {
-            println!("{:8} {name:12} {:9.3} {:9.2} {:11.2} {:14.2}", kernels.name(), t * 1e6, elements * bits / 8e9 / t, elements / t / 1e9, t / fp16);
+            println!(
+                "{:8} {name:12} {:9.3} {:9.2} {:11.2} {:14.2}",
+                kernels.name(),
+                t * 1e6,
+                elements * bits / 8e9 / t,
+                elements / t / 1e9,
+                t / fp16
+            );
         };
         row("fp16", 16.0, fp16);
         for bits in [4, 3, 2] {

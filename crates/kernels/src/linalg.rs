@@ -74,7 +74,8 @@ mod tests {
             gemm(3, 5, 4, 0.5, &a, a_rs, a_cs, &b, b_rs, b_cs, 2.0, &mut c, 6, 1);
             for i in 0..3 {
                 for j in 0..5 {
-                    let want: f32 = (0..4).map(|p| a[i * a_rs + p * a_cs] * b[p * b_rs + j * b_cs]).sum::<f32>() * 0.5 + 2.0;
+                    let want: f32 =
+                        (0..4).map(|p| a[i * a_rs + p * a_cs] * b[p * b_rs + j * b_cs]).sum::<f32>() * 0.5 + 2.0;
                     assert_eq!(c[i * 6 + j], want);
                 }
                 assert_eq!(c[i * 6 + 5], 1.0, "what lies between rows is left alone");

@@ -49,7 +49,9 @@ pub enum ForwardError {
         context: usize,
     },
     /// Overflow or NaN inside the model.
-    #[error("the hidden state after layer {layer} is not finite: the model's weights are broken, or it needs wider arithmetic")]
+    #[error(
+        "the hidden state after layer {layer} is not finite: the model's weights are broken, or it needs wider arithmetic"
+    )]
     NotFinite {
         /// Layer from 0.
         layer: usize,
@@ -208,7 +210,8 @@ impl Model {
             add_bias(&mut v, &l.v_bias);
             let mut at = 0;
             for s in steps.iter_mut() {
-                let (of_q, of_kv) = (at * wide..(at + s.tokens.len()) * wide, at * narrow..(at + s.tokens.len()) * narrow);
+                let (of_q, of_kv) =
+                    (at * wide..(at + s.tokens.len()) * wide, at * narrow..(at + s.tokens.len()) * narrow);
                 let (k, v) = (&k[of_kv.clone()], &v[of_kv]);
                 s.cache.extend(i, &q[of_q.clone()], k, v, prefill, &mut attended[of_q])?;
                 at += s.tokens.len();

@@ -41,7 +41,13 @@ pub struct GenerateOptions {
 
 impl Default for GenerateOptions {
     fn default() -> Self {
-        GenerateOptions { max_tokens: 512, stop: Vec::new(), prefill_chunk: 512, prefill: Prefill::Exact, context: usize::MAX }
+        GenerateOptions {
+            max_tokens: 512,
+            stop: Vec::new(),
+            prefill_chunk: 512,
+            prefill: Prefill::Exact,
+            context: usize::MAX,
+        }
     }
 }
 
@@ -96,7 +102,8 @@ impl Stream<'_> {
         };
         let fresh: Vec<u8> = self.bytes.drain(..whole).collect();
         self.text.push_str(&String::from_utf8_lossy(&fresh));
-        let end = self.stop.iter().filter(|s| !s.is_empty()).filter_map(|s| self.text[self.sent..].find(s.as_str())).min();
+        let end =
+            self.stop.iter().filter(|s| !s.is_empty()).filter_map(|s| self.text[self.sent..].find(s.as_str())).min();
         if let Some(end) = end {
             self.text.truncate(self.sent + end);
         }

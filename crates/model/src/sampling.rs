@@ -56,7 +56,8 @@ impl Sampler {
     /// # Errors
     /// A parameter is out of range.
     pub fn new(params: SamplingParams) -> Result<Self, SamplingError> {
-        let check = |ok, name, value, range| if ok { Ok(()) } else { Err(SamplingError::Parameter { name, value, range }) };
+        let check =
+            |ok, name, value, range| if ok { Ok(()) } else { Err(SamplingError::Parameter { name, value, range }) };
         let p = &params;
         check((0.0..=100.0).contains(&p.temperature), "temperature", p.temperature, "0 to 100")?;
         check(p.top_p > 0.0 && p.top_p <= 1.0, "top-p", p.top_p, "above 0, at most 1")?;
@@ -88,7 +89,11 @@ impl Sampler {
         candidates.clear();
         let floor = p.min_p.max(1e-12);
         candidates.extend(
-            logits.iter().enumerate().map(|(i, x)| (((x - top) / p.temperature).exp(), i as u32)).filter(|(w, _)| *w >= floor),
+            logits
+                .iter()
+                .enumerate()
+                .map(|(i, x)| (((x - top) / p.temperature).exp(), i as u32))
+                .filter(|(w, _)| *w >= floor),
         );
         let heavier = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
         if p.top_k > 0 && p.top_k < candidates.len() {
@@ -135,7 +140,8 @@ mod tests {
         let probabilities = [0.5f32, 0.25, 0.15, 0.1];
         let logits = probabilities.map(f32::ln);
         let hot = SamplingParams { temperature: 1.0, ..Default::default() };
-        let close = |got: &[usize], want: &[f32]| got.iter().zip(want).all(|(g, w)| (*g as f32 / 20_000.0 - w).abs() < 0.015);
+        let close =
+            |got: &[usize], want: &[f32]| got.iter().zip(want).all(|(g, w)| (*g as f32 / 20_000.0 - w).abs() < 0.015);
         assert!(close(&draws(hot.clone(), &logits), &probabilities));
         assert!(close(&draws(SamplingParams { top_k: 2, ..hot.clone() }, &logits), &[0.667, 0.333, 0.0, 0.0]));
         assert!(close(&draws(SamplingParams { top_p: 0.8, ..hot.clone() }, &logits), &[0.556, 0.278, 0.167, 0.0]));

@@ -131,7 +131,9 @@ pub enum FileError {
         problem: String,
     },
     /// No fit for the spec.
-    #[error("the quantizer has no fit for {spec}; it has: {available}. Make one with `kvquant calibrate MODEL --self --kv {spec} -o FILE`")]
+    #[error(
+        "the quantizer has no fit for {spec}; it has: {available}. Make one with `kvquant calibrate MODEL --self --kv {spec} -o FILE`"
+    )]
     NoFit {
         /// The spec as asked for.
         spec: String,
@@ -139,7 +141,9 @@ pub enum FileError {
         available: String,
     },
     /// The file is of another model.
-    #[error("the quantizer is of another model: it was fitted to {expected}, this is {got}. Make one for this model with `kvquant calibrate MODEL --self --kv SPEC -o FILE`")]
+    #[error(
+        "the quantizer is of another model: it was fitted to {expected}, this is {got}. Make one for this model with `kvquant calibrate MODEL --self --kv SPEC -o FILE`"
+    )]
     OtherModel {
         /// What it was fitted to.
         expected: String,
@@ -151,7 +155,10 @@ pub enum FileError {
 impl Fingerprint {
     fn describe(&self) -> String {
         let hash = self.norms_sha256.get(..12).unwrap_or(&self.norms_sha256);
-        format!("{} with {} layers, {} KV heads of {} (weights {hash})", self.architecture, self.layers, self.kv_heads, self.head_dim)
+        format!(
+            "{} with {} layers, {} KV heads of {} (weights {hash})",
+            self.architecture, self.layers, self.kv_heads, self.head_dim
+        )
     }
 }
 
@@ -189,7 +196,8 @@ impl Quantizer {
     /// It is not a sound quantizer.
     pub fn from_bytes(bytes: &[u8], name: &str) -> Result<Self, FileError> {
         let err = |field: &str, problem: String| FileError::Content { name: name.into(), field: field.into(), problem };
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| err("header", format!("not a safetensors file: {e}")))?;
+        let (_, header) =
+            SafeTensors::read_metadata(bytes).map_err(|e| err("header", format!("not a safetensors file: {e}")))?;
         let json = header.metadata().as_ref().and_then(|m| m.get(METADATA));
         let json = json.ok_or_else(|| err("metadata", format!("has no entry `{METADATA}`, so it is no quantizer")))?;
         let metadata: Metadata = serde_json::from_str(json).map_err(|e| err("metadata", e.to_string()))?;
@@ -211,11 +219,14 @@ impl Quantizer {
             wanted += 1;
             let t = tensors.tensor(&field).map_err(|_| err(&field, "is missing".into()))?;
             if t.dtype() != Dtype::F32 || t.shape() != [model.layers, width] {
-                return Err(err(&field, format!("{:?} {:?}, expected F32 [{}, {width}]", t.dtype(), t.shape(), model.layers)));
+                return Err(err(
+                    &field,
+                    format!("{:?} {:?}, expected F32 [{}, {width}]", t.dtype(), t.shape(), model.layers),
+                ));
             }
             let numbers: Vec<f32> = t.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
             // Thresholds and signposts meet fp16 data: anything larger is no number of ours.
-            if let Some(x) = numbers.iter().find(|x| !(x.abs() <= 65504.0)) {
+            if let Some(x) = numbers.iter().find(|x| !crate::fits_half(**x)) {
                 return Err(err(&field, format!("holds {x}, not a finite fp16 number")));
             }
             Ok(numbers.chunks_exact(width).map(<[f32]>::to_vec).collect())
@@ -240,7 +251,10 @@ impl Quantizer {
                 let (encode, decode) = (get("encode", codebooks, n)?, get("decode", codebooks, n)?);
                 for (l, (low, high)) in lower.iter().zip(&upper).enumerate() {
                     if let Some(c) = low.iter().zip(high).position(|(a, b)| a > b) {
-                        return Err(err(&format!("{key}/{side}.lower"), format!("layer {l}, channel {c} is above the upper threshold")));
+                        return Err(err(
+                            &format!("{key}/{side}.lower"),
+                            format!("layer {l}, channel {c} is above the upper threshold"),
+                        ));
                     }
                 }
                 for (l, book) in encode.iter().enumerate() {
@@ -249,7 +263,11 @@ impl Quantizer {
                     }
                 }
                 let zipped = lower.into_iter().zip(upper).zip(encode.into_iter().zip(decode));
-                sides.push(zipped.map(|((lower, upper), (encode, decode))| SideFit { lower, upper, encode, decode }).collect::<Vec<_>>());
+                sides.push(
+                    zipped
+                        .map(|((lower, upper), (encode, decode))| SideFit { lower, upper, encode, decode })
+                        .collect::<Vec<_>>(),
+                );
             }
             let values = sides.pop().unwrap_or_default();
             let keys = sides.pop().unwrap_or_default();
@@ -267,7 +285,8 @@ impl Quantizer {
     /// # Errors
     /// The content can't be written in the format.
     pub fn to_bytes(&self) -> Result<Vec<u8>, FileError> {
-        let err = |field: &str, problem: String| FileError::Content { name: "(new)".into(), field: field.into(), problem };
+        let err =
+            |field: &str, problem: String| FileError::Content { name: "(new)".into(), field: field.into(), problem };
         for (i, fit) in self.fits.iter().enumerate() {
             if self.fits[..i].iter().any(|f| f.spec.fit_key() == fit.spec.fit_key()) {
                 return Err(err("fits", format!("`{}` stands twice", fit.spec.fit_key())));
@@ -307,7 +326,8 @@ impl Quantizer {
                 Ok((name.clone(), view))
             })
             .collect();
-        safetensors::serialize(views?, Some(HashMap::from([(METADATA.to_string(), json)]))).map_err(|e| err("tensors", e.to_string()))
+        safetensors::serialize(views?, Some(HashMap::from([(METADATA.to_string(), json)])))
+            .map_err(|e| err("tensors", e.to_string()))
     }
 
     /// Writes a file: first a temporary one beside it, then a rename, so that a failure leaves what was there.
@@ -342,9 +362,11 @@ impl Quantizer {
             Spec::Coded(c) => Spec::Coded(crate::CodedSpec { sinks: 0, ..c.clone() }).fit_key(),
         };
         let same = self.fits.iter().find(|f| f.spec.fit_key() == spec.fit_key());
-        same.or_else(|| self.fits.iter().find(|f| sinkless(&f.spec) == sinkless(spec))).ok_or_else(|| FileError::NoFit {
-            spec: spec.to_string(),
-            available: self.fits.iter().map(|f| f.spec.fit_key()).collect::<Vec<_>>().join(", "),
+        same.or_else(|| self.fits.iter().find(|f| sinkless(&f.spec) == sinkless(spec))).ok_or_else(|| {
+            FileError::NoFit {
+                spec: spec.to_string(),
+                available: self.fits.iter().map(|f| f.spec.fit_key()).collect::<Vec<_>>().join(", "),
+            }
         })
     }
 

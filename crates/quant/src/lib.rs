@@ -18,5 +18,5 @@ mod spec;
 
 pub use codebook::{normal_float, uniform};
 pub use file::{FileError, Fingerprint, Fit, LayerFit, Provenance, Quantizer, SideFit};
-pub use side::{Lut, Outlier, QuantError, Side, SideQuantizer, TokenCodes};
+pub use side::{Lut, Outlier, QuantError, Side, SideQuantizer, TokenCodes, fits_half};
 pub use spec::{CodebookKind, CodedSpec, FisherWeights, KeyStage, Scope, Spec, SpecError};

@@ -14,32 +14,43 @@ pub const UNIT_CHANNELS: usize = 4;
 /// Lanes of 32 bits in a unit.
 pub const LANES: usize = 8;
 /// Words of 32 bits in a unit of `bits`-bit codes.
-pub const fn unit_words(bits: u32) -> usize { LANES * bits as usize }
+pub const fn unit_words(bits: u32) -> usize {
+    LANES * bits as usize
+}
 /// ORs one code into a zeroed place of a unit.
-#[inline] pub fn set_code(unit: &mut [u32], bits: u32, channel_in_unit: usize, token: usize, code: u8) {
+#[inline]
+pub fn set_code(unit: &mut [u32], bits: u32, channel_in_unit: usize, token: usize, code: u8) {
     let (lane, m) = (token % LANES, token / LANES);
     let bit = (channel_in_unit * 8 + m) * bits as usize;
     let (w, s) = (bit / 32, bit % 32);
     unit[w * LANES + lane] |= (code as u32) << s;
-    if s + bits as usize > 32 { unit[(w + 1) * LANES + lane] |= (code as u32) >> (32 - s); }
+    if s + bits as usize > 32 {
+        unit[(w + 1) * LANES + lane] |= (code as u32) >> (32 - s);
+    }
 }
 /// Reads one code.
-#[inline] pub fn get_code(unit: &[u32], bits: u32, channel_in_unit: usize, token: usize) -> u8 {
+#[inline]
+pub fn get_code(unit: &[u32], bits: u32, channel_in_unit: usize, token: usize) -> u8 {
     let (lane, m) = (token % LANES, token / LANES);
     let bit = (channel_in_unit * 8 + m) * bits as usize;
     let (w, s) = (bit / 32, bit % 32);
     let mut v = unit[w * LANES + lane] >> s;
-    if s + bits as usize > 32 { v |= unit[(w + 1) * LANES + lane] << (32 - s); }
+    if s + bits as usize > 32 {
+        v |= unit[(w + 1) * LANES + lane] << (32 - s);
+    }
     (v & ((1 << bits) - 1)) as u8
 }
 /// Clears one code, so that it can be set again (truncate).
-#[inline] pub fn clear_code(unit: &mut [u32], bits: u32, channel_in_unit: usize, token: usize) {
+#[inline]
+pub fn clear_code(unit: &mut [u32], bits: u32, channel_in_unit: usize, token: usize) {
     let (lane, m) = (token % LANES, token / LANES);
     let bit = (channel_in_unit * 8 + m) * bits as usize;
     let (w, s) = (bit / 32, bit % 32);
     let mask = (1u32 << bits) - 1;
     unit[w * LANES + lane] &= !(mask << s);
-    if s + bits as usize > 32 { unit[(w + 1) * LANES + lane] &= !(mask >> (32 - s)); }
+    if s + bits as usize > 32 {
+        unit[(w + 1) * LANES + lane] &= !(mask >> (32 - s));
+    }
 }
 
 #[cfg(test)]

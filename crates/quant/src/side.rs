@@ -17,8 +17,8 @@ pub enum Side {
 
 /// What a code decodes to.
 ///
-/// Per channel: `[C][2^bits]` with scale and zero point inside, x = table[c][code].
-/// Otherwise `[2^bits]`, and x = scale * table[code] + zero with the token's fp16 scale and zero point; product and
+/// Per channel: `[C][2^bits]` with scale and zero point inside, `x = table[c][code]`.
+/// Otherwise `[2^bits]`, and `x = scale * table[code] + zero` with the token's fp16 scale and zero point; product and
 /// sum are rounded one by one.
 #[derive(Debug, Clone)]
 pub struct Lut {
@@ -94,6 +94,11 @@ pub enum QuantError {
 /// The largest finite fp16 number.
 const F16_MAX: f32 = 65504.0;
 
+/// Whether a number is finite and within fp16; false for NaN.
+pub fn fits_half(x: f32) -> bool {
+    x.abs() <= F16_MAX
+}
+
 /// Quantizes one side of a layer, a token `[kv_heads * head_dim]` at a time.
 #[derive(Debug, Clone)]
 pub struct SideQuantizer {
@@ -119,7 +124,13 @@ impl SideQuantizer {
     ///
     /// # Errors
     /// The fit is missing or of another size.
-    pub fn new(spec: &CodedSpec, side: Side, kv_heads: usize, head_dim: usize, fit: Option<&LayerFit>) -> Result<Self, QuantError> {
+    pub fn new(
+        spec: &CodedSpec,
+        side: Side,
+        kv_heads: usize,
+        head_dim: usize,
+        fit: Option<&LayerFit>,
+    ) -> Result<Self, QuantError> {
         let channels = kv_heads * head_dim;
         if channels > 1 << 16 {
             return Err(QuantError::TooWide { channels });
@@ -151,7 +162,8 @@ impl SideQuantizer {
                 let fit = need("thresholds")?;
                 sized("lower thresholds", fit.lower.len(), channels)?;
                 sized("upper thresholds", fit.upper.len(), channels)?;
-                let units: Vec<(f32, f32)> = fit.lower.iter().zip(&fit.upper).map(|(l, u)| ((u + l) / 2.0, (u - l) / 2.0)).collect();
+                let units: Vec<(f32, f32)> =
+                    fit.lower.iter().zip(&fit.upper).map(|(l, u)| ((u + l) / 2.0, (u - l) / 2.0)).collect();
                 let bounds = middles.iter().map(|m| units.iter().map(|(z, s)| z + s * m).collect()).collect();
                 let table = units.iter().flat_map(|(z, s)| decode.iter().map(move |q| z + s * q)).collect();
                 let keep_outliers = spec.outliers > 0;
@@ -200,9 +212,9 @@ impl SideQuantizer {
     /// An entry is not a finite fp16 number.
     pub fn quantize(&self, x: &[f32], out: &mut TokenCodes) -> Result<(), QuantError> {
         assert_eq!(x.len(), self.channels, "a token has kv_heads * head_dim channels");
-        // One pass that vectorizes; the comparison is false for NaN as well.
-        if !x.iter().fold(true, |ok, v| ok & (v.abs() <= F16_MAX)) {
-            let channel = x.iter().position(|v| !(v.abs() <= F16_MAX)).unwrap_or(0);
+        // One pass that vectorizes.
+        if !x.iter().fold(true, |ok, v| ok & fits_half(*v)) {
+            let channel = x.iter().position(|v| !fits_half(*v)).unwrap_or(0);
             return Err(QuantError::NotFinite { channel, value: x[channel] });
         }
         out.codes.clear();
@@ -345,8 +357,18 @@ mod tests {
         SideQuantizer::new(&spec, side, 2, 8, Some(&fit(spec.bits, 16))).unwrap()
     }
 
-    const SPECS: [&str; 10] =
-        ["nuq3-1%", "nuq2-1%", "nuq4", "int3-1%", "nf4-5%", "nf3+ktoken", "int4-g8", "int2-g4+asym", "nuq3-5%+ktoken", "nuq3+vchannel"];
+    const SPECS: [&str; 10] = [
+        "nuq3-1%",
+        "nuq2-1%",
+        "nuq4",
+        "int3-1%",
+        "nf4-5%",
+        "nf3+ktoken",
+        "int4-g8",
+        "int2-g4+asym",
+        "nuq3-5%+ktoken",
+        "nuq3+vchannel",
+    ];
 
     proptest! {
         #[test]

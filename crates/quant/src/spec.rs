@@ -95,7 +95,9 @@ pub enum FisherWeights {
 
 /// A spec string that can't be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("cache spec `{spec}`: {part} {problem}; supported: fp16, nuq2..4, int2..4, nf3..4, each with -P% (0 to 5) or -gN, then +sinkN +recentN +qnorm +postrope +ktoken +vchannel +wfisher +wnone +asym; for example nuq3-1%+sink1, nuq4-1%+sink4+recent64, int4-g32")]
+#[error(
+    "cache spec `{spec}`: {part} {problem}; supported: fp16, nuq2..4, int2..4, nf3..4, each with -P% (0 to 5) or -gN, then +sinkN +recentN +qnorm +postrope +ktoken +vchannel +wfisher +wnone +asym; for example nuq3-1%+sink1, nuq4-1%+sink4+recent64, int4-g32"
+)]
 pub struct SpecError {
     spec: String,
     part: String,
@@ -147,9 +149,12 @@ impl FromStr for Spec {
         let mut grouped = false;
         for part in parts {
             if let Some(share) = part.strip_suffix('%') {
-                c.outliers = share_of(share).ok_or_else(|| err(part, "is not a share of 0 to 5 %, with at most two decimals"))?;
+                c.outliers = share_of(share)
+                    .ok_or_else(|| err(part, "is not a share of 0 to 5 %, with at most two decimals"))?;
             } else if let Some(n) = part.strip_prefix('g') {
-                let n = count(n).filter(|n| *n > 0 && n.is_multiple_of(4)).ok_or_else(|| err(part, "is not a multiple of 4"))?;
+                let n = count(n)
+                    .filter(|n| *n > 0 && n.is_multiple_of(4))
+                    .ok_or_else(|| err(part, "is not a multiple of 4"))?;
                 (c.keys, c.values, c.zero_point, grouped) = (Scope::Group(n), Scope::Group(n), false, true);
             } else {
                 return Err(err(part, "is unknown"));
@@ -162,7 +167,9 @@ impl FromStr for Spec {
                 return Err(err(o, "is given twice"));
             }
             seen.push(kind);
-            let tokens = || count(&o[kind.len()..]).filter(|n| *n <= MOST_TOKENS).ok_or_else(|| err(o, "needs a number of tokens"));
+            let tokens = || {
+                count(&o[kind.len()..]).filter(|n| *n <= MOST_TOKENS).ok_or_else(|| err(o, "needs a number of tokens"))
+            };
             match kind {
                 "sink" => c.sinks = tokens()?,
                 "recent" => c.recent = tokens()?,

@@ -70,8 +70,17 @@ struct Owned {
 
 impl Owned {
     fn new(n: &mut Noise, form: Form, d: usize, len: usize, size: f32, outliers: usize) -> Self {
-        let mut o = Owned { form, d, codes: vec![], lut: vec![], halves: vec![], zero: vec![], counts: vec![], outliers: vec![] };
-        let mut half = |n: &mut Noise| f16::from_f32(n.unit() * size).to_bits();
+        let mut o = Owned {
+            form,
+            d,
+            codes: vec![],
+            lut: vec![],
+            halves: vec![],
+            zero: vec![],
+            counts: vec![],
+            outliers: vec![],
+        };
+        let half = |n: &mut Noise| f16::from_f32(n.unit() * size).to_bits();
         let (bits, group) = match form {
             Form::Rows | Form::Tile => {
                 o.halves = (0..d * BLOCK_TOKENS).map(|_| half(n)).collect();
@@ -94,7 +103,8 @@ impl Owned {
             for (c, t) in (0..4).flat_map(|c| (0..len).map(move |t| (c, t))) {
                 set_code(unit, bits, c, t, n.below(1 << bits) as u8);
             }
-            let mut places: Vec<u8> = (0..n.below(outliers + 1)).map(|_| (n.below(4) * 64 + n.below(len)) as u8).collect();
+            let mut places: Vec<u8> =
+                (0..n.below(outliers + 1)).map(|_| (n.below(4) * 64 + n.below(len)) as u8).collect();
             places.sort();
             places.dedup();
             o.counts.push(places.len() as u8);
@@ -111,12 +121,16 @@ impl Owned {
             Form::Rows => SideView::Rows { data: &self.halves, stride: self.d, head_dim: self.d },
             Form::Tile => SideView::Tile { data: &self.halves },
             Form::Static(b) => SideView::Coded(
-                CodedView::new(b, self.d, &self.codes, &self.lut, true, &[], &[], 0, &self.counts, &self.outliers).unwrap(),
+                CodedView::new(b, self.d, &self.codes, &self.lut, true, &[], &[], 0, &self.counts, &self.outliers)
+                    .unwrap(),
             ),
             Form::Token(b, g, _) => {
                 let g = if g == 0 { self.d } else { g };
                 let (s, z) = (&self.halves, &self.zero);
-                SideView::Coded(CodedView::new(b, self.d, &self.codes, &self.lut, false, s, z, g, &self.counts, &self.outliers).unwrap())
+                SideView::Coded(
+                    CodedView::new(b, self.d, &self.codes, &self.lut, false, s, z, g, &self.counts, &self.outliers)
+                        .unwrap(),
+                )
             }
         }
     }
@@ -129,7 +143,7 @@ impl Owned {
             Form::Tile => return half(self.halves[c * 64 + t]),
             Form::Static(b) => (b, 1.0, 0.0),
             Form::Token(b, g, z) => {
-                let at = if g == 0 { 0 } else { c / g } * 64 + t;
+                let at = c.checked_div(g).unwrap_or(0) * 64 + t;
                 (b, half(self.halves[at]), if z { half(self.zero[at]) } else { 0.0 })
             }
         };
@@ -174,7 +188,15 @@ fn dequant_is_bit_exact_and_follows_the_layout() {
 
 /// Attention in f64 with absolute angles.
 #[allow(clippy::too_many_arguments)]
-fn reference(q: &[f32], group: usize, visible: usize, key: &Owned, value: &Owned, len: usize, rope: Option<(&Rope, usize)>) -> Vec<f64> {
+fn reference(
+    q: &[f32],
+    group: usize,
+    visible: usize,
+    key: &Owned,
+    value: &Owned,
+    len: usize,
+    rope: Option<(&Rope, usize)>,
+) -> Vec<f64> {
     let d = key.d;
     let mut out = vec![];
     for (r, q) in q.chunks_exact(d).enumerate() {
@@ -199,12 +221,24 @@ fn reference(q: &[f32], group: usize, visible: usize, key: &Owned, value: &Owned
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
         let sum: f64 = weights.iter().sum();
-        out.extend((0..d).map(|c| if n == 0 { 0.0 } else { (0..n).map(|t| weights[t] * value.at(c, t)).sum::<f64>() / sum }));
+        out.extend(
+            (0..d).map(|c| if n == 0 { 0.0 } else { (0..n).map(|t| weights[t] * value.at(c, t)).sum::<f64>() / sum }),
+        );
     }
     out
 }
 
-fn check(kernels: Kernels, n: &mut Noise, forms: (Form, Form), d: usize, len: usize, rows: usize, group: usize, size: f32, origin: usize) {
+fn check(
+    kernels: Kernels,
+    n: &mut Noise,
+    forms: (Form, Form),
+    d: usize,
+    len: usize,
+    rows: usize,
+    group: usize,
+    size: f32,
+    origin: usize,
+) {
     let rope = Rope { inv_freq: (0..d / 2).map(|i| 100_000f64.powf(-2.0 * i as f64 / d as f64)).collect() };
     let (key, value) = (Owned::new(n, forms.0, d, len, size, 5), Owned::new(n, forms.1, d, len, 2.0, 5));
     let q = n.vec(rows * d, 1.0 / (d as f32).sqrt());
@@ -237,9 +271,17 @@ fn attention_agrees_with_f64() {
         let mut n = Noise(11);
         for (i, key) in FORMS.into_iter().enumerate() {
             let value = FORMS[(i * 5 + 3) % FORMS.len()];
-            for (d, len, rows, group) in
-                [(64, 64, 3, 3), (64, 63, 1, 1), (80, 1, 7, 7), (96, 8, 16, 4), (128, 65 - 8, 17, 1), (256, 31, 4, 4), (4, 9, 2, 1), (64, 64, 100, 3), (20, 33, 49, 7)]
-            {
+            for (d, len, rows, group) in [
+                (64, 64, 3, 3),
+                (64, 63, 1, 1),
+                (80, 1, 7, 7),
+                (96, 8, 16, 4),
+                (128, 65 - 8, 17, 1),
+                (256, 31, 4, 4),
+                (4, 9, 2, 1),
+                (64, 64, 100, 3),
+                (20, 33, 49, 7),
+            ] {
                 check(kernels, &mut n, (key, value), d, len, rows, group, 1.0, 640);
                 check(kernels, &mut n, (value, key), d, len, rows, group, 1.0, 12_345);
             }
@@ -270,7 +312,14 @@ fn states_of_parts_merge_to_the_whole() {
         let mut n = Noise(3);
         let rope = Rope { inv_freq: vec![0.1; 32] };
         let table = rope.block_table();
-        let sides: Vec<_> = (0..3).map(|_| (Owned::new(&mut n, Form::Static(3), 64, 64, 2.0, 3), Owned::new(&mut n, Form::Static(4), 64, 64, 2.0, 3))).collect();
+        let sides: Vec<_> = (0..3)
+            .map(|_| {
+                (
+                    Owned::new(&mut n, Form::Static(3), 64, 64, 2.0, 3),
+                    Owned::new(&mut n, Form::Static(4), 64, 64, 2.0, 3),
+                )
+            })
+            .collect();
         let q = n.vec(3 * 64, 0.3);
         let rows = Rows { q: &q, group: 3, head_dim: 64, first_visible: 64 };
         let (mut whole, mut merged) = (State::empty(3, 64), State::empty(3, 64));
@@ -297,8 +346,14 @@ fn parts_that_do_not_fit_are_refused() {
     assert!(ok.is_ok());
     let short = CodedView::new(3, 8, &[0; 47], &[0.0; 64], true, &[], &[], 0, &[1, 0], &[[3, 0, 0]]);
     assert_eq!(short.unwrap_err(), ViewError { part: "codes", expected: 48, got: 47 });
-    assert_eq!(CodedView::new(3, 8, &[0; 48], &[0.0; 64], true, &[], &[], 0, &[2, 0], &[[3, 0, 0]]).unwrap_err().part, "outliers");
-    assert_eq!(CodedView::new(3, 8, &[0; 48], &[0.0; 8], false, &[0; 63], &[], 8, &[0, 0], &[]).unwrap_err().part, "scale");
+    assert_eq!(
+        CodedView::new(3, 8, &[0; 48], &[0.0; 64], true, &[], &[], 0, &[2, 0], &[[3, 0, 0]]).unwrap_err().part,
+        "outliers"
+    );
+    assert_eq!(
+        CodedView::new(3, 8, &[0; 48], &[0.0; 8], false, &[0; 63], &[], 8, &[0, 0], &[]).unwrap_err().part,
+        "scale"
+    );
     assert!(CodedView::new(5, 8, &[0; 80], &[0.0; 256], true, &[], &[], 0, &[0, 0], &[]).is_err());
     let tile = [0u16; 8 * 64];
     let (a, b) = (SideView::Tile { data: &tile }, SideView::Tile { data: &tile[..4 * 64] });

@@ -79,7 +79,10 @@ impl<'a> CodedView<'a> {
             expect("scale", 0, scale.len())?;
             expect("zero", 0, zero.len())?;
         } else {
-            if group_channels == 0 || !group_channels.is_multiple_of(UNIT_CHANNELS) || !head_dim.is_multiple_of(group_channels) {
+            if group_channels == 0
+                || !group_channels.is_multiple_of(UNIT_CHANNELS)
+                || !head_dim.is_multiple_of(group_channels)
+            {
                 return Err(ViewError { part: "channels of a scale group", expected: head_dim, got: group_channels });
             }
             expect("scale", head_dim / group_channels * TOKENS, scale.len())?;
@@ -100,7 +103,9 @@ impl<'a> CodedView<'a> {
 
     /// Places (below 256, by their type) and residuals of the outliers `first .. end`.
     pub(super) fn outliers(&self, first: usize, end: usize) -> impl Iterator<Item = (usize, f32)> {
-        self.outliers[first..end].iter().map(|&[place, low, high]| (place as usize, f16::from_le_bytes([low, high]).to_f32()))
+        self.outliers[first..end]
+            .iter()
+            .map(|&[place, low, high]| (place as usize, f16::from_le_bytes([low, high]).to_f32()))
     }
 
     /// The table of a channel of this head.
@@ -172,7 +177,12 @@ impl<'a> BlockView<'a> {
     ///
     /// # Errors
     /// The sides or the rotation differ in shape, or `len` is above 64.
-    pub fn new(key: SideView<'a>, value: SideView<'a>, len: usize, origin: Option<&'a Rotation>) -> Result<Self, ViewError> {
+    pub fn new(
+        key: SideView<'a>,
+        value: SideView<'a>,
+        len: usize,
+        origin: Option<&'a Rotation>,
+    ) -> Result<Self, ViewError> {
         let head_dim = key.head_dim();
         if len > TOKENS {
             return Err(ViewError { part: "tokens of a block", expected: TOKENS, got: len });

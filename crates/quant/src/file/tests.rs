@@ -18,7 +18,13 @@ fn quantizer() -> Quantizer {
         Fit { spec: spec.clone(), layers: vec![layer.clone(), layer] }
     });
     Quantizer {
-        model: Fingerprint { architecture: "llama".into(), layers: 2, kv_heads: 2, head_dim: 4, norms_sha256: "ab".repeat(32) },
+        model: Fingerprint {
+            architecture: "llama".into(),
+            layers: 2,
+            kv_heads: 2,
+            head_dim: 4,
+            norms_sha256: "ab".repeat(32),
+        },
         provenance: Provenance { text: "a text".into(), windows: 16, ctx: 2048, tool: "kvquant".into() },
         fits: fits.to_vec(),
     }

@@ -44,11 +44,15 @@ pub(super) fn attend(rows: &Rows<'_>, block: &BlockView<'_>, table: &BlockTable,
     }
     let weights = &weights[..n];
     let SideView::Coded(coded) = &block.value else {
-        each_unit(&block.value, block.len, Scaling::Applied, |u, values, _| mix_unit(weights, d, u, values, &mut state.out));
+        each_unit(&block.value, block.len, Scaling::Applied, |u, values, _| {
+            mix_unit(weights, d, u, values, &mut state.out)
+        });
         return;
     };
     if coded.per_channel {
-        each_unit(&block.value, block.len, Scaling::Applied, |u, values, _| mix_unit(weights, d, u, values, &mut state.out));
+        each_unit(&block.value, block.len, Scaling::Applied, |u, values, _| {
+            mix_unit(weights, d, u, values, &mut state.out)
+        });
     } else {
         mix_scaled(coded, weights, d, block.len, &mut state.out);
     }
@@ -68,7 +72,11 @@ fn each_unit(side: &SideView<'_>, len: usize, scaling: Scaling, mut then: impl F
     let mut unit = [0.0f32; UNIT];
     match side {
         SideView::Coded(v) => {
-            let scales = if scaling == Scaling::Applied { TokenScales::load(v) } else { TokenScales { scale: vec![], zero: vec![] } };
+            let scales = if scaling == Scaling::Applied {
+                TokenScales::load(v)
+            } else {
+                TokenScales { scale: vec![], zero: vec![] }
+            };
             let mut first = 0;
             for u in 0..v.head_dim / UNIT_CHANNELS {
                 signposts(v, u, &mut unit);
@@ -106,7 +114,14 @@ fn each_unit(side: &SideView<'_>, len: usize, scaling: Scaling, mut then: impl F
 /// scores[r][t] += sum over the unit's 4 channels of q[r] * key, the keys turned first where `turn` is given.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn score_unit(q: &[f32], d: usize, u: usize, keys: &[f32; UNIT], turn: Option<&BlockTable>, scores: &mut [[f32; TOKENS]]) {
+fn score_unit(
+    q: &[f32],
+    d: usize,
+    u: usize,
+    keys: &[f32; UNIT],
+    turn: Option<&BlockTable>,
+    scores: &mut [[f32; TOKENS]],
+) {
     const VECTORS: usize = TOKENS / LANES;
     let x = keys.as_chunks::<LANES>().0;
     // Two vectors of tokens at a time, so that a broadcast of q serves two products.
@@ -129,7 +144,8 @@ fn score_unit(q: &[f32], d: usize, u: usize, keys: &[f32; UNIT], turn: Option<&B
             }
         }
         for (r, row) in scores.iter_mut().enumerate() {
-            let q: &[f32; UNIT_CHANNELS] = q[r * d + u * UNIT_CHANNELS..].first_chunk().expect("a row has head_dim channels");
+            let q: &[f32; UNIT_CHANNELS] =
+                q[r * d + u * UNIT_CHANNELS..].first_chunk().expect("a row has head_dim channels");
             let lanes = row.as_chunks_mut::<LANES>().0;
             let (mut s0, mut s1) = (load(&lanes[m]), load(&lanes[m + 1]));
             for i in 0..UNIT_CHANNELS {
@@ -168,7 +184,8 @@ fn mix_unit(weights: &[[f32; TOKENS]], d: usize, u: usize, values: &[f32; UNIT],
                 *t = _mm256_fmadd_ps(p, load(&x[i * VECTORS + m]), *t);
             }
         }
-        let to: &mut [f32; UNIT_CHANNELS] = out[r * d + u * UNIT_CHANNELS..].first_chunk_mut().expect("a row has head_dim channels");
+        let to: &mut [f32; UNIT_CHANNELS] =
+            out[r * d + u * UNIT_CHANNELS..].first_chunk_mut().expect("a row has head_dim channels");
         // SAFETY: 4 readable and writable floats; unaligned access is allowed.
         unsafe { _mm_storeu_ps(to.as_mut_ptr(), _mm_add_ps(_mm_loadu_ps(to.as_ptr()), sum_each(total))) };
     }
