@@ -19,7 +19,7 @@ use crate::quantizers;
 
 /// A text of the project's own.
 const TEXT: &str = include_str!("../assets/station.txt");
-const QUESTION: &str = "Where is the spare key of the flag locker kept?";
+const QUESTION: &str = "What was the name of the keeper who counted the birds?";
 const SPECS: [&str; 2] = ["fp16", "nuq3-1%+sink1"];
 
 #[derive(clap::Args)]
@@ -49,7 +49,7 @@ pub fn run(args: Args) -> Result<()> {
     let specs = SPECS.map(|s| s.parse::<Spec>());
     let specs: Vec<Spec> = specs.into_iter().collect::<Result<_, _>>()?;
     let quantizer = quantizers::find(None, &loaded.model, &specs.iter().collect::<Vec<_>>())?;
-    let content = format!("{TEXT}\n\n{QUESTION} Answer in one sentence.");
+    let content = format!("{TEXT}\n\n{QUESTION}");
     let prompt = loaded.template()?.render(&[Message { role: "user".into(), content }], true)?;
     let ids = loaded.tokenizer.encode(&prompt, true)?;
     let say = |text: &str| if args.json { Ok(()) } else { to_stdout(text) };
