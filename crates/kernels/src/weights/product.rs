@@ -8,9 +8,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-#[cfg(target_arch = "x86_64")]
-use super::avx2;
 use super::{Weight, blocks};
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 use crate::dispatch::Isa;
 use crate::linalg;
 
@@ -18,21 +18,70 @@ use crate::linalg;
 pub(super) const RUN: usize = 32;
 /// Columns of a panel: 6 rows of activations and what streams past them stay in a 32 KB L1.
 pub(super) const DEPTH: usize = 768;
-/// Rows of x up to which weights are multiplied as they are decoded; beyond, panels are faster.
-const FEW: usize = 4;
 /// Bytes below which a task is not worth its start (about 1 us of work).
 const LEAST_BYTES: usize = 8 << 10;
 /// Tasks a thread, so that one that is held up does not hold up the others.
 const TASKS: usize = 8;
 
-/// Rows of activations and the sum of each run of 32.
-pub(super) struct Rows<'a> {
-    /// `[m, cols]`
-    pub x: &'a [f32],
+/// Rows of x up to which weights are multiplied as they are decoded; beyond, panels are faster (measured with Q4_1,
+/// 1536 x 576: 20 and 24 us a token at 16 with AVX-512, 33 and 34 at 8 with AVX2).
+fn few_at_most(isa: Isa) -> usize {
+    match isa {
+        Isa::Avx512 => 16,
+        _ => 8,
+    }
+}
+
+/// Rows of activations on cache lines of their own (a load that straddles two costs as much as two), and the sum
+/// of each run of 32.
+pub(super) struct Rows {
+    x: Vec<Lanes>,
+    sums: Vec<f32>,
+    cols: usize,
+}
+
+impl Rows {
+    fn copy(x: &[f32], cols: usize) -> Rows {
+        let m = x.len() / cols;
+        let mut lines = Vec::with_capacity(m * Self::lines(cols));
+        let mut sums = Vec::with_capacity(m * (cols / RUN));
+        for x in x.chunks_exact(cols) {
+            let (whole, rest) = x.as_chunks::<16>();
+            lines.extend(whole.iter().map(|line| Lanes(*line)));
+            if !rest.is_empty() {
+                let mut line = Lanes::ZERO;
+                line.0[..rest.len()].copy_from_slice(rest);
+                lines.push(line);
+            }
+            sums.extend(x.as_chunks::<RUN>().0.iter().map(|run| run.iter().sum::<f32>()));
+        }
+        Rows { x: lines, sums, cols }
+    }
+
+    fn lines(cols: usize) -> usize {
+        cols.div_ceil(16)
+    }
+
     /// Rows.
-    pub m: usize,
-    /// `[m, cols / 32]`
-    pub sums: &'a [f32],
+    pub fn len(&self) -> usize {
+        self.x.len() / Self::lines(self.cols)
+    }
+
+    /// Row t: its whole cache lines, 0 beyond its end.
+    pub fn row(&self, t: usize) -> &[Lanes] {
+        &self.x[t * Self::lines(self.cols)..][..Self::lines(self.cols)]
+    }
+
+    /// Sums of the runs of row t.
+    pub fn sums(&self, t: usize) -> &[f32] {
+        &self.sums[t * (self.cols / RUN)..][..self.cols / RUN]
+    }
+
+    /// The elements of row t beyond its last run.
+    pub fn tail(&self, t: usize) -> impl Iterator<Item = f32> {
+        let runs = self.cols / RUN;
+        self.row(t)[runs * 2..].iter().flat_map(|line| line.0).take(self.cols % RUN)
+    }
 }
 
 /// The output [m, rows] of one weight, which tasks write at different rows of the weight.
@@ -94,20 +143,14 @@ pub fn matmul_fused(weights: &[&Weight], x: &[f32], m: usize, ys: &mut [&mut [f3
     if m == 0 {
         return;
     }
-    let few = m <= FEW;
-    let sums: Vec<f32> = if few {
-        x.chunks_exact(first.cols).flat_map(|x| x.as_chunks::<RUN>().0).map(|run| run.iter().sum()).collect()
-    } else {
-        Vec::new()
-    };
-    let rows = Rows { x, m, sums: &sums };
+    let few = (m <= few_at_most(first.isa)).then(|| Rows::copy(x, first.cols));
     let sinks: Vec<Sink> =
         ys.iter_mut().zip(weights).map(|(y, w)| Sink { y: y.as_mut_ptr(), stride: w.rows }).collect();
-    let tasks = if few { cut_by_bytes(weights) } else { cut_by_panels(weights) };
+    let tasks = if few.is_some() { cut_by_bytes(weights) } else { cut_by_panels(weights) };
     let work = |(i, part): (usize, Range<usize>)| {
         let w = weights[i];
         // SAFETY: the tasks are disjoint ranges of each weight's rows (`cut`), and each output is [m, w.rows].
-        unsafe { if few { multiply_few(w, part, &rows, sinks[i]) } else { multiply_many(w, part, x, m, sinks[i]) } }
+        unsafe { multiply(w, part, x, m, few.as_ref(), sinks[i]) }
     };
     if tasks.len() == 1 {
         tasks.into_iter().for_each(work);
@@ -143,29 +186,30 @@ fn cut_by_panels(weights: &[&Weight]) -> Vec<(usize, Range<usize>)> {
     cut(weights, |_| each.next_multiple_of(32).clamp(32, 128))
 }
 
-/// # Safety
-/// Nothing else writes these rows of `out`, whose shape is [x.m, w.rows].
-unsafe fn multiply_few(w: &Weight, rows: Range<usize>, x: &Rows<'_>, out: Sink) {
-    match w.isa {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: passed on; a Weight's instruction set is one that the CPU has.
-        Isa::Avx2 | Isa::Avx512 => unsafe { avx2::few(w, rows, x, out) },
-        // SAFETY: passed on.
-        _ => unsafe { row_by_row(w, rows, x.x, x.m, out) },
-    }
-}
-
+/// `few` are the rows of x where there are few.
+///
 /// # Safety
 /// Nothing else writes these rows of `out`, whose shape is [m, w.rows].
-unsafe fn multiply_many(w: &Weight, rows: Range<usize>, x: &[f32], m: usize, out: Sink) {
-    match w.isa {
+unsafe fn multiply(w: &Weight, rows: Range<usize>, x: &[f32], m: usize, few: Option<&Rows>, out: Sink) {
+    match (w.isa, few) {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => PANELS.with_borrow_mut(|scratch| {
-            // SAFETY: passed on; a Weight's instruction set is one that the CPU has.
+        // SAFETY: passed on; a Weight's instruction set is one that the CPU has.
+        (Isa::Avx512, Some(few)) => unsafe { avx512::few(w, rows, few, out) },
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512, None) => PANELS.with_borrow_mut(|scratch| {
+            // SAFETY: as above.
+            unsafe { avx512::tile::many(w, rows, x, m, scratch, out) }
+        }),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        (Isa::Avx2, Some(few)) => unsafe { avx2::few(w, rows, few, out) },
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx2, None) => PANELS.with_borrow_mut(|scratch| {
+            // SAFETY: as above.
             unsafe { avx2::tile::many(w, rows, x, m, scratch, out) }
         }),
         // SAFETY: passed on.
-        Isa::Neon => unsafe { dense(w, rows, x, m, out) },
+        (Isa::Neon, None) => unsafe { dense(w, rows, x, m, out) },
         // SAFETY: passed on.
         _ => unsafe { row_by_row(w, rows, x, m, out) },
     }
@@ -174,7 +218,7 @@ unsafe fn multiply_many(w: &Weight, rows: Range<usize>, x: &[f32], m: usize, out
 /// The twin: each weight row is dequantized once and multiplied with every row of x.
 ///
 /// # Safety
-/// As [`multiply_many`].
+/// As [`multiply`].
 unsafe fn row_by_row(w: &Weight, rows: Range<usize>, x: &[f32], m: usize, out: Sink) {
     ROW.with_borrow_mut(|buffer| {
         buffer.resize(w.cols, 0.0);
@@ -204,7 +248,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 /// Where no panels are made: the dequantized rows go through a dense product.
 ///
 /// # Safety
-/// As [`multiply_many`].
+/// As [`multiply`].
 unsafe fn dense(w: &Weight, rows: Range<usize>, x: &[f32], m: usize, out: Sink) {
     let n = rows.len();
     ROW.with_borrow_mut(|buffer| {

@@ -13,8 +13,7 @@ impl Format<128> for F32 {
     const PLAIN: bool = true;
     type Head = ();
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(_: &[u8; 128]) {}
 
     #[inline]
@@ -31,8 +30,7 @@ impl Format<64> for F16 {
     const PLAIN: bool = true;
     type Head = ();
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(_: &[u8; 64]) {}
 
     #[inline]
@@ -47,8 +45,7 @@ impl Format<64> for Bf16 {
     const PLAIN: bool = true;
     type Head = ();
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(_: &[u8; 64]) {}
 
     #[inline]

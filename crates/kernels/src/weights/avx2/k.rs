@@ -29,7 +29,7 @@ fn field(b: __m256i, shift: usize, mask: i8) -> __m256i {
 /// (d s, -m n) of the 8 runs of Q4_K and Q5_K.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn six_bits<const B: usize>(b: &[u8; B]) -> [[f32; 2]; 8] {
+pub(in super::super) fn six_bits<const B: usize>(b: &[u8; B]) -> [[f32; 2]; 8] {
     const LOW_6: u32 = 0x3f3f_3f3f;
     const LOW_4: u32 = 0x0f0f_0f0f;
     const LOW_2: u32 = 0x0303_0303;
@@ -56,7 +56,7 @@ fn six_bits<const B: usize>(b: &[u8; B]) -> [[f32; 2]; 8] {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn two(x: &[f32; 2]) -> __m128 {
+pub(in super::super) fn two(x: &[f32; 2]) -> __m128 {
     // SAFETY: 8 readable bytes.
     _mm_castsi128_ps(unsafe { _mm_loadl_epi64(x.as_ptr().cast()) })
 }
@@ -66,16 +66,16 @@ impl Format<144> for Q4K {
     const MIN: bool = true;
     type Head = [[f32; 2]; 8];
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(b: &[u8; 144]) -> Self::Head {
-        six_bits(b)
+        // SAFETY: the caller has the features; bytes are within the block.
+        unsafe { six_bits(b) }
     }
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn run(b: &[u8; 144], head: &Self::Head, i: usize) -> Run {
-        Run { q: floats_of(field(bytes(b, 16 + 32 * (i / 2)), 4 * (i % 2), 15)), dm: two(&head[i]) }
+        // SAFETY: the caller has the features; bytes are within the block.
+        unsafe { Run { q: floats_of(field(bytes(b, 16 + 32 * (i / 2)), 4 * (i % 2), 15)), dm: two(&head[i]) } }
     }
 }
 
@@ -84,18 +84,20 @@ impl Format<176> for Q5K {
     const MIN: bool = true;
     type Head = [[f32; 2]; 8];
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(b: &[u8; 176]) -> Self::Head {
-        six_bits(b)
+        // SAFETY: the caller has the features; bytes are within the block.
+        unsafe { six_bits(b) }
     }
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn run(b: &[u8; 176], head: &Self::Head, i: usize) -> Run {
-        let low = field(bytes(b, 48 + 32 * (i / 2)), 4 * (i % 2), 15);
-        let high = _mm256_slli_epi16::<4>(field(bytes(b, 16), i, 1));
-        Run { q: floats_of(_mm256_or_si256(low, high)), dm: two(&head[i]) }
+        // SAFETY: the caller has the features; bytes are within the block.
+        unsafe {
+            let low = field(bytes(b, 48 + 32 * (i / 2)), 4 * (i % 2), 15);
+            let high = _mm256_slli_epi16::<4>(field(bytes(b, 16), i, 1));
+            Run { q: floats_of(_mm256_or_si256(low, high)), dm: two(&head[i]) }
+        }
     }
 }
 
@@ -113,21 +115,27 @@ impl Format<84> for Q2K {
     /// d and m.
     type Head = [f32; 2];
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(b: &[u8; 84]) -> Self::Head {
-        let dm = halves::<2>(part::<4, 84>(b, 80));
-        [_mm_cvtss_f32(dm), _mm_cvtss_f32(_mm_movehdup_ps(dm))]
+        // SAFETY: the caller has the features; bytes are within the block.
+        unsafe {
+            let dm = halves::<2>(part::<4, 84>(b, 80));
+            [_mm_cvtss_f32(dm), _mm_cvtss_f32(_mm_movehdup_ps(dm))]
+        }
     }
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn run(b: &[u8; 84], [d, m]: &Self::Head, i: usize) -> Run {
-        let s = *part::<2, 84>(b, 2 * i);
-        let q = floats_of(field(bytes(b, 16 + 32 * (i / 4)), 2 * (i % 4), 3));
-        let q = scaled(q, s.map(|s| d * (s & 15) as f32));
-        let n = s.map(|s| _mm256_set1_ps(m * (s >> 4) as f32));
-        Run { q: [0, 1, 2, 3].map(|j| _mm256_sub_ps(q[j], n[j / 2])), dm: _mm_setzero_ps() }
+        // SAFETY: the caller has the features; bytes are within the block.
+        unsafe {
+            let s = *part::<2, 84>(b, 2 * i);
+            let q = floats_of(field(bytes(b, 16 + 32 * (i / 4)), 2 * (i % 4), 3));
+            let q = scaled(q, [d * (s[0] & 15) as f32, d * (s[1] & 15) as f32]);
+            let n = [_mm256_set1_ps(m * (s[0] >> 4) as f32), _mm256_set1_ps(m * (s[1] >> 4) as f32)];
+            let low = [_mm256_sub_ps(q[0], n[0]), _mm256_sub_ps(q[1], n[0])];
+            let high = [_mm256_sub_ps(q[2], n[1]), _mm256_sub_ps(q[3], n[1])];
+            Run { q: [low[0], low[1], high[0], high[1]], dm: _mm_setzero_ps() }
+        }
     }
 }
 
@@ -137,21 +145,41 @@ impl Format<110> for Q3K {
     /// Scales of the 16 halves of runs.
     type Head = [f32; 16];
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(b: &[u8; 110]) -> Self::Head {
-        let d = _mm_cvtss_f32(halves::<1>(part::<2, 110>(b, 108)));
-        std::array::from_fn(|i| d * blocks::scale_q3k(part(b, 96), i))
+        // SAFETY: the caller has the features; bytes are within the block.
+        unsafe {
+            let d = _mm_cvtss_f32(halves::<1>(part::<2, 110>(b, 108)));
+            std::array::from_fn(|i| d * blocks::scale_q3k(part(b, 96), i))
+        }
     }
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn run(b: &[u8; 110], head: &Self::Head, i: usize) -> Run {
-        let low = field(bytes(b, 32 + 32 * (i / 4)), 2 * (i % 4), 3);
-        let third = _mm256_slli_epi16::<2>(field(bytes(b, 0), i, 1));
-        let q = floats_of(_mm256_sub_epi8(_mm256_or_si256(low, third), _mm256_set1_epi8(4)));
-        Run { q: scaled(q, [head[2 * i], head[2 * i + 1]]), dm: _mm_setzero_ps() }
+        // SAFETY: the caller has the features; bytes are within the block.
+        unsafe {
+            let low = field(bytes(b, 32 + 32 * (i / 4)), 2 * (i % 4), 3);
+            let third = _mm256_slli_epi16::<2>(field(bytes(b, 0), i, 1));
+            let q = floats_of(_mm256_sub_epi8(_mm256_or_si256(low, third), _mm256_set1_epi8(4)));
+            Run { q: scaled(q, [head[2 * i], head[2 * i + 1]]), dm: _mm_setzero_ps() }
+        }
     }
+}
+
+/// d s of the halves of runs.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn q6k_scales(b: &[u8; 210]) -> [f32; 16] {
+    let d = _mm256_broadcastss_ps(halves::<1>(part::<2, 210>(b, 208)));
+    let mut out = [0.0; 16];
+    for (to, at) in out.as_chunks_mut::<8>().0.iter_mut().zip([192, 200]) {
+        // SAFETY: 8 readable bytes and 8 writable floats.
+        unsafe {
+            let s = _mm256_cvtepi8_epi32(_mm_loadl_epi64(part::<8, 210>(b, at).as_ptr().cast()));
+            _mm256_storeu_ps(to.as_mut_ptr(), _mm256_mul_ps(d, _mm256_cvtepi32_ps(s)));
+        }
+    }
+    out
 }
 
 impl Format<210> for Q6K {
@@ -160,28 +188,21 @@ impl Format<210> for Q6K {
     /// Scales of the 16 halves of runs.
     type Head = [f32; 16];
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(b: &[u8; 210]) -> Self::Head {
-        let d = _mm256_broadcastss_ps(halves::<1>(part::<2, 210>(b, 208)));
-        let mut out = [0.0; 16];
-        for (to, at) in out.as_chunks_mut::<8>().0.iter_mut().zip([192, 200]) {
-            // SAFETY: 8 readable bytes and 8 writable floats.
-            unsafe {
-                let s = _mm256_cvtepi8_epi32(_mm_loadl_epi64(part::<8, 210>(b, at).as_ptr().cast()));
-                _mm256_storeu_ps(to.as_mut_ptr(), _mm256_mul_ps(d, _mm256_cvtepi32_ps(s)));
-            }
-        }
-        out
+        // SAFETY: the caller has the features; bytes are within the block.
+        unsafe { q6k_scales(b) }
     }
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn run(b: &[u8; 210], head: &Self::Head, i: usize) -> Run {
-        let (half, at) = (i / 4, i % 4);
-        let low = field(bytes(b, 64 * half + 32 * (at % 2)), 4 * (at / 2), 15);
-        let high = _mm256_slli_epi16::<4>(field(bytes(b, 128 + 32 * half), 2 * at, 3));
-        let q = floats_of(_mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32)));
-        Run { q: scaled(q, [head[2 * i], head[2 * i + 1]]), dm: _mm_setzero_ps() }
+        // SAFETY: the caller has the features; bytes are within the block.
+        unsafe {
+            let (half, at) = (i / 4, i % 4);
+            let low = field(bytes(b, 64 * half + 32 * (at % 2)), 4 * (at / 2), 15);
+            let high = _mm256_slli_epi16::<4>(field(bytes(b, 128 + 32 * half), 2 * at, 3));
+            let q = floats_of(_mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32)));
+            Run { q: scaled(q, [head[2 * i], head[2 * i + 1]]), dm: _mm_setzero_ps() }
+        }
     }
 }

@@ -19,6 +19,12 @@ fn codes(b: &[u8; 16]) -> [__m256i; 4] {
     [_mm256_and_si256(a, low), _mm256_and_si256(z, low), _mm256_srli_epi32::<4>(a), _mm256_srli_epi32::<4>(z)]
 }
 
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn four(b: &[u8; 16]) -> [__m256; 4] {
+    codes(b).map(|q| _mm256_cvtepi32_ps(q))
+}
+
 /// 16 for each set bit of a byte of `bits`, in four vectors.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -42,14 +48,13 @@ impl Format<18> for Q40 {
     const CENTER: f32 = 8.0;
     type Head = ();
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(_: &[u8; 18]) {}
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn run(b: &[u8; 18], _: &(), _: usize) -> Run {
-        Run { q: codes(part(b, 2)).map(|q| _mm256_cvtepi32_ps(q)), dm: halves::<1>(b) }
+        Run { q: four(part(b, 2)), dm: halves::<1>(b) }
     }
 }
 
@@ -58,14 +63,13 @@ impl Format<20> for Q41 {
     const MIN: bool = true;
     type Head = ();
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(_: &[u8; 20]) {}
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn run(b: &[u8; 20], _: &(), _: usize) -> Run {
-        Run { q: codes(part(b, 4)).map(|q| _mm256_cvtepi32_ps(q)), dm: halves::<2>(b) }
+        Run { q: four(part(b, 4)), dm: halves::<2>(b) }
     }
 }
 
@@ -74,8 +78,7 @@ impl Format<22> for Q50 {
     const CENTER: f32 = 16.0;
     type Head = ();
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(_: &[u8; 22]) {}
 
     #[inline]
@@ -90,8 +93,7 @@ impl Format<24> for Q51 {
     const MIN: bool = true;
     type Head = ();
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(_: &[u8; 24]) {}
 
     #[inline]
@@ -105,8 +107,7 @@ impl Format<34> for Q80 {
     const RUNS: usize = 1;
     type Head = ();
 
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline(always)]
     unsafe fn head(_: &[u8; 34]) {}
 
     #[inline]

@@ -37,7 +37,7 @@ pub(in super::super) unsafe fn many(
         for (p, to) in scratch.chunks_exact_mut(size).enumerate() {
             let rows = rows.start + p * WIDTH..rows.end.min(rows.start + (p + 1) * WIDTH);
             // SAFETY: the caller has the features.
-            unsafe { pack(w, rows, first..first + depth, to, 0) };
+            unsafe { pack(w, rows, first..first + depth, to, 1, 0) };
         }
         for strip in strips(m, TOKENS) {
             for (p, panel) in scratch.chunks_exact(size).enumerate() {
@@ -70,8 +70,8 @@ pub(in super::super) fn strips(m: usize, most: usize) -> impl Iterator<Item = Ra
     (0..n).map(move |i| i * m / n..(i + 1) * m / n)
 }
 
-/// Rows x columns of w to `to[column]`, from lane `lane` on; up to 16 rows, absent ones are 0. Columns are
-/// padded to a multiple of 8.
+/// Rows x columns of w to `to[column * step + offset]`: up to 16 rows, absent ones are 0. Columns are padded to a
+/// multiple of 8.
 ///
 /// # Safety
 /// AVX2, FMA and F16C.
@@ -81,12 +81,11 @@ pub(in super::super) unsafe fn pack(
     rows: Range<usize>,
     cols: Range<usize>,
     to: &mut [Lanes],
-    parity: usize,
+    step: usize,
+    offset: usize,
 ) {
     let (block, size) = w.ty.block();
     let mut piece = [[0.0f32; PIECE]; 8];
-    let step = if parity == 0 { 1 } else { 2 };
-    let offset = parity.saturating_sub(1);
     for half in 0..2 {
         let rows = (rows.start + 8 * half).min(rows.end)..(rows.start + 8 * half + 8).min(rows.end);
         if rows.len() < 8 {
