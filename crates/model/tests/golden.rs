@@ -1,0 +1,87 @@
+//! Logits of a real model against an independent implementation (fixtures/make_golden.py), and a sign of sense.
+
+mod common;
+
+use kvquant_cache::Prefill;
+use kvquant_model::generate::{GenerateOptions, StopReason, generate};
+use kvquant_model::sampling::{Sampler, SamplingParams};
+use kvquant_model::{ForwardError, Logits, Model, Step, Tokenizer};
+use kvquant_quant::Spec;
+
+/// Logits lie within about +-25. Ours differ by the fp16 rounding of keys and values and by the order of sums.
+const ATOL: f32 = 0.03;
+
+#[derive(serde::Deserialize)]
+struct Golden {
+    ids: Vec<u32>,
+    rows: Vec<Row>,
+}
+
+#[derive(serde::Deserialize)]
+struct Row {
+    position: usize,
+    top: Vec<(usize, f32)>,
+    fixed: Vec<(usize, f32)>,
+}
+
+fn load() -> (Model, Tokenizer) {
+    let (model, gguf) = Model::load(&common::model_path("smollm2-135m"), &mut |_, _| {}).unwrap();
+    let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+    (model, tokenizer)
+}
+
+#[test]
+fn logits_agree_with_an_independent_implementation() {
+    let (model, _) = load();
+    let golden: Golden = serde_json::from_str(include_str!("fixtures/golden-smollm2-135m.json")).unwrap();
+    let vocab = model.config.vocab;
+    // In one pass, in two, and in two sequences side by side.
+    for split in [golden.ids.len(), 9] {
+        let mut cache = model.new_cache(&Spec::Fp16, None).unwrap();
+        let mut other = model.new_cache(&Spec::Fp16, None).unwrap();
+        let mut logits = vec![];
+        for tokens in golden.ids.chunks(split) {
+            let mut steps = [
+                Step { tokens, cache: &mut cache, logits: Logits::All },
+                Step { tokens: &golden.ids[..3], cache: &mut other, logits: Logits::None },
+            ];
+            logits.extend(model.forward(&mut steps, Prefill::Quantized).unwrap());
+        }
+        assert_eq!(logits.len(), golden.ids.len() * vocab);
+        for row in &golden.rows {
+            let got = &logits[row.position * vocab..][..vocab];
+            for &(id, want) in row.top.iter().chain(&row.fixed) {
+                let off = (got[id] - want).abs();
+                assert!(off <= ATOL, "position {} token {id}: {} and {want}", row.position, got[id]);
+            }
+            let best = got.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
+            assert_eq!(best, row.top[0].0, "position {}", row.position);
+        }
+    }
+}
+
+#[test]
+fn a_capital_is_known_and_limits_are_kept() {
+    let (model, tokenizer) = load();
+    let ids = tokenizer.encode("The capital of France is", false).unwrap();
+    let run = |prompt: &[u32], options: &GenerateOptions| {
+        let mut cache = model.new_cache(&Spec::Fp16, None).unwrap();
+        let mut sampler = Sampler::new(SamplingParams::default()).unwrap();
+        generate(&model, &tokenizer, &mut cache, prompt, &mut sampler, options, &mut |_| true)
+    };
+    let o = run(&ids, &GenerateOptions { max_tokens: 4, ..Default::default() }).unwrap();
+    assert!(o.text.contains("Paris"), "{}", o.text);
+    assert_eq!((o.stop, o.tokens.len(), o.prompt_tokens), (StopReason::MaxTokens, 4, 5));
+    let o = run(&ids, &GenerateOptions { stop: vec!["aris".into()], ..Default::default() }).unwrap();
+    assert_eq!((o.text.as_str(), o.stop), (" P", StopReason::StopString));
+    let o = run(&ids, &GenerateOptions { context: 7, ..Default::default() }).unwrap();
+    assert_eq!(o.stop, StopReason::ContextFull);
+    let e = run(&[], &GenerateOptions::default()).unwrap_err();
+    assert!(matches!(e, ForwardError::Empty));
+    let e = run(&ids, &GenerateOptions { context: 4, ..Default::default() }).unwrap_err();
+    assert!(matches!(e, ForwardError::ContextFull { new: 5, context: 4, .. }), "{e}");
+    let mut cache = model.new_cache(&Spec::Fp16, None).unwrap();
+    let e = model.forward(&mut [Step { tokens: &[1 << 20], cache: &mut cache, logits: Logits::Last }], Prefill::Exact);
+    assert!(matches!(e, Err(ForwardError::Token { .. })));
+    assert!(cache.is_empty());
+}
