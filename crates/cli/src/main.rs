@@ -64,7 +64,12 @@ fn run(cli: Cli) -> Result<()> {
     if let Some(n) = cli.threads {
         rayon::ThreadPoolBuilder::new().num_threads(n.get()).build_global()?;
     }
-    match cli.command {
+    // From within the pool, a parallel region starts at once; from outside it costs two context switches.
+    rayon::scope(|_| command(cli.command))
+}
+
+fn command(command: Command) -> Result<()> {
+    match command {
         Command::Demo(a) => demo::run(a),
         Command::Pull(a) => pull::run(a),
         Command::Calibrate(a) => calibrate::run(a),
