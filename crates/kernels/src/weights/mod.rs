@@ -5,7 +5,8 @@
 //! panels of weight rows are dequantized once and go through a register-tiled dense product.
 //!
 //! `blocks` has the formats and their plain loops, the twin that every backend is tested against; `product` cuts
-//! products into tasks; `avx2` and `avx512` say where they depart from the twin.
+//! products into tasks; `avx2` and `avx512` say where they depart from the twin. NEON has no kernels of its own: few
+//! rows take the plain loops, which the compiler vectorizes, and many the dense product of `linalg`.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -1,5 +1,8 @@
 //! Many activations: weight rows are dequantized once into panels `[k][16 rows]`, and a kernel holds a tile of 6
 //! tokens x 16 rows in 12 registers. Activations are read where they lie: a strip of 6 x [`DEPTH`] stays in L1.
+//!
+//! Tried and rejected: dequantized rows through the `gemm` crate, which reaches 84 % of what the FMA units can do
+//! at 512 tokens and 65 % at 64 (two Zen 4 cores); panels reach 95 % and 86 %.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
