@@ -55,7 +55,7 @@ pub struct Common {
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
     /// 0: always the most likely token
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f32,
     /// Only the most likely tokens that together reach this probability
     #[arg(long, value_name = "P", default_value_t = 1.0)]
