@@ -275,7 +275,7 @@ mod tests {
     #[test]
     fn token_scale_leaves_the_extremes_out() {
         let data = data(Side::Value, 1, 8);
-        let s = spec(3, 1000 / 2);
+        let s = CodedSpec { sinks: 0, ..spec(3, 500) };
         let k = 64 * 500 / 20_000 + 1;
         let normalizer = data.normalizer(0, &s).unwrap();
         let scales = data

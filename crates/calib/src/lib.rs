@@ -26,6 +26,8 @@ mod thresholds;
 pub use error::CalibError;
 pub use sample::{sample_windows, sample_windows_from};
 
+use std::collections::BTreeSet;
+
 use kvquant_kernels::rope::Rotation;
 use kvquant_model::Model;
 use kvquant_quant::{CodedSpec, Fit, KeyStage, LayerFit, Provenance, Quantizer, Side, Spec};
@@ -131,16 +133,15 @@ fn check_windows(model: &Model, windows: &[Vec<u32>]) -> Result<usize, CalibErro
 
 /// The specs that need a fit, each once; a fit does not depend on the recent window.
 fn distinct(specs: &[Spec], ctx: usize) -> Result<Vec<CodedSpec>, CalibError> {
-    let mut kept: Vec<CodedSpec> = Vec::new();
+    let (mut kept, mut keys) = (Vec::new(), BTreeSet::new());
     for spec in specs.iter().filter(|s| s.needs_fit()) {
         if spec.sinks() >= ctx {
             return Err(CalibError::Sinks { spec: spec.clone(), ctx });
         }
-        if let Spec::Coded(coded) = spec {
-            let coded = CodedSpec { recent: 0, ..coded.clone() };
-            if !kept.contains(&coded) {
-                kept.push(coded);
-            }
+        if let Spec::Coded(coded) = spec
+            && keys.insert(spec.fit_key())
+        {
+            kept.push(CodedSpec { recent: 0, ..coded.clone() });
         }
     }
     if kept.is_empty() {
