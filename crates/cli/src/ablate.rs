@@ -101,7 +101,7 @@ pub fn run(args: Args) -> Result<()> {
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     }
-    let page = page(&report, &calibrated, args.eval_windows);
+    let page = page(&report, &calibrated, &args.source.options(), args.eval_windows);
     match &args.output {
         Some(path) => write(path, &page),
         None if !args.json => {
@@ -112,9 +112,9 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
-fn page(all: &Report, calibrated: &str, windows: usize) -> String {
+fn page(all: &Report, calibrated: &str, source: &str, windows: usize) -> String {
     let mut page = format!(
-        "# Quality, part by part\n\nMade by `kvquant ablate {} --on {} --eval-windows {windows}`; do not edit.\n\n\
+        "# Quality, part by part\n\nMade by `kvquant ablate {} --on {} {source} --eval-windows {windows}`; do not edit.\n\n\
          {} windows of {} tokens, quantized prefill: all that attention reads went through the packed cache. No beginning-of-text\n\
          token is added; the first token of a window is not scored. Everything stored counts as bits, at the end of a window.\n\
          Perplexity, KL divergence (nats) and top-1 agreement are against the same model with an fp16 cache.\n\

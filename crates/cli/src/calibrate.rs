@@ -53,6 +53,15 @@ pub struct Source {
 }
 
 impl Source {
+    /// The options that say it, for reports.
+    pub fn options(&self) -> String {
+        let text = match &self.text {
+            Some(path) => format!("--text {}", path.file_name().unwrap_or_default().to_string_lossy()),
+            None => format!("--self --seed {}", self.seed),
+        };
+        format!("{text} --windows {} --ctx {}", self.windows, self.ctx)
+    }
+
     /// Tokens of a window.
     pub fn ctx(&self) -> usize {
         self.ctx
