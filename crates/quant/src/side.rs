@@ -83,11 +83,29 @@ pub enum QuantError {
         /// Entries it has.
         got: usize,
     },
-    /// Too many channels for 16-bit channel numbers.
-    #[error("{channels} channels a token; at most 65536 are supported")]
-    TooWide {
+    /// No channels, or too many for 16-bit channel numbers.
+    #[error("{channels} channels a token; 1 to 65536 are supported")]
+    Width {
         /// kv_heads * head_dim
         channels: usize,
+    },
+    /// Scale groups do not tile a token.
+    #[error("groups of {group} channels do not divide the {channels} of a token; choose a -gN that does")]
+    Group {
+        /// Channels of a group.
+        group: usize,
+        /// kv_heads * head_dim
+        channels: usize,
+    },
+    /// An outlier is too far from its dense value for an fp16 residual.
+    #[error("channel {channel} is {value}, {residual} from its dense value, beyond fp16")]
+    Residual {
+        /// Channel in the token, over all heads.
+        channel: usize,
+        /// Its value.
+        value: f32,
+        /// Exact minus dense.
+        residual: f32,
     },
 }
 
@@ -132,8 +150,8 @@ impl SideQuantizer {
         fit: Option<&LayerFit>,
     ) -> Result<Self, QuantError> {
         let channels = kv_heads * head_dim;
-        if channels > 1 << 16 {
-            return Err(QuantError::TooWide { channels });
+        if channels == 0 || channels > 1 << 16 {
+            return Err(QuantError::Width { channels });
         }
         let (scope, fit) = match side {
             Side::Key => (spec.keys, fit.map(|f| &f.keys)),
@@ -173,6 +191,9 @@ impl SideQuantizer {
                 // Paper, section 3.4: floor(share / 2 * C) + 1 on each side.
                 let extremes = if spec.outliers == 0 { 0 } else { spec.outliers as usize * channels / 20_000 + 1 };
                 (Ranges::Token { group: channels, extremes: extremes.min(channels / 2), zero_point: true }, decode)
+            }
+            Scope::Group(group) if group == 0 || !channels.is_multiple_of(group) => {
+                return Err(QuantError::Group { group, channels });
             }
             Scope::Group(group) => (Ranges::Token { group, extremes: 0, zero_point: spec.zero_point }, decode),
         };
@@ -233,21 +254,28 @@ impl SideQuantizer {
                 if *keep_outliers {
                     for (c, ((&v, &l), &u)) in x.iter().zip(lower).zip(upper).enumerate() {
                         if v < l || v > u {
-                            self.keep(c, v, self.lut.table[(c << self.lut.bits) + out.codes[c] as usize], out);
+                            self.keep(c, v, self.lut.table[(c << self.lut.bits) + out.codes[c] as usize], out)?;
                         }
                     }
                 }
             }
             Ranges::Token { group, extremes, zero_point } => {
                 for (g, part) in x.chunks_exact(*group).enumerate() {
-                    self.quantize_group(g * group, part, *extremes, *zero_point, out);
+                    self.quantize_group(g * group, part, *extremes, *zero_point, out)?;
                 }
             }
         }
         Ok(())
     }
 
-    fn quantize_group(&self, first: usize, x: &[f32], extremes: usize, zero_point: bool, out: &mut TokenCodes) {
+    fn quantize_group(
+        &self,
+        first: usize,
+        x: &[f32],
+        extremes: usize,
+        zero_point: bool,
+        out: &mut TokenCodes,
+    ) -> Result<(), QuantError> {
         let kept_apart = outer(x, extremes);
         let (mut low, mut high) = (f32::INFINITY, f32::NEG_INFINITY);
         if kept_apart.is_empty() {
@@ -282,13 +310,18 @@ impl SideQuantizer {
         }
         for &i in &kept_apart {
             let dense = s * self.lut.table[out.codes[first + i] as usize] + z;
-            self.keep(first + i, x[i], dense, out);
+            self.keep(first + i, x[i], dense, out)?;
         }
+        Ok(())
     }
 
-    fn keep(&self, channel: usize, exact: f32, dense: f32, out: &mut TokenCodes) {
-        let residual = f16::from_f32((exact - dense).clamp(-F16_MAX, F16_MAX));
-        out.outliers.push(Outlier { channel: channel as u16, residual });
+    fn keep(&self, channel: usize, exact: f32, dense: f32, out: &mut TokenCodes) -> Result<(), QuantError> {
+        let residual = exact - dense;
+        if !fits_half(residual) {
+            return Err(QuantError::Residual { channel, value: exact, residual });
+        }
+        out.outliers.push(Outlier { channel: channel as u16, residual: f16::from_f32(residual) });
+        Ok(())
     }
 
     /// What a packed block must decode to, bit for bit: the scalar twin of the kernels' decoding.
@@ -448,7 +481,10 @@ mod tests {
             }
             let mut wide = vec![65504.0; 16];
             wide[3] = -65504.0;
-            quantizer(s, Side::Value).quantize(&wide, &mut TokenCodes::default()).unwrap();
+            // The widest range that fp16 has: stored, or refused where an outlier lies too far off; never clamped.
+            let wide = quantizer(s, Side::Value).quantize(&wide, &mut TokenCodes::default());
+            let far = spec(s).outliers > 0;
+            assert!(matches!(wide, Err(QuantError::Residual { channel: 3, .. })) == far && wide.is_ok() != far, "{s}");
         }
         let e = SideQuantizer::new(&spec("nuq3"), Side::Key, 2, 8, None).unwrap_err();
         assert!(e.to_string().contains("kvquant calibrate"));
@@ -456,6 +492,17 @@ mod tests {
         assert!(matches!(e, QuantError::FitSize { expected: 8, got: 16, .. }));
         let e = SideQuantizer::new(&spec("nuq4"), Side::Key, 2, 8, Some(&fit(3, 16))).unwrap_err();
         assert!(matches!(e, QuantError::FitSize { expected: 16, got: 8, .. }));
+    }
+
+    #[test]
+    fn what_would_come_back_wrong_is_refused() {
+        let new = |s: &str, heads| SideQuantizer::new(&spec(s), Side::Value, heads, 8, Some(&fit(3, 16))).map(|_| ());
+        assert_eq!(new("int4-g12", 2), Err(QuantError::Group { group: 12, channels: 16 }));
+        assert_eq!(new("nuq3-1%", 0), Err(QuantError::Width { channels: 0 }));
+        let mut x = vec![-60_000.0; 16];
+        x[4] = 60_000.0;
+        let e = quantizer("nuq3-1%", Side::Value).quantize(&x, &mut TokenCodes::default()).unwrap_err();
+        assert!(matches!(e, QuantError::Residual { channel: 4, .. }), "{e}");
     }
 
     #[test]

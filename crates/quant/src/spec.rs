@@ -96,7 +96,7 @@ pub enum FisherWeights {
 /// A spec string that can't be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "cache spec `{spec}`: {part} {problem}; supported: fp16, nuq2..4, int2..4, nf3..4, each with -P% (0 to 5) or -gN, then +sinkN +recentN +qnorm +postrope +ktoken +vchannel +wfisher +wnone +asym; for example nuq3-1%+sink1, nuq4-1%+sink4+recent64, int4-g32"
+    "cache spec `{spec}`: {part} {problem}; supported: fp16, nuq2..4, int2..4, nf3..4, each with -P% (0 to 5) or -gN, then +sinkN +recentN +qnorm +postrope +ktoken +kchannel +vtoken +vchannel +wfisher +wnone +asym; for example nuq3-1%+sink1, nuq4-1%+sink4+recent64, int4-g32"
 )]
 pub struct SpecError {
     spec: String,
@@ -146,12 +146,18 @@ impl FromStr for Spec {
             weights: FisherWeights::FisherScale2,
             zero_point: true,
         };
-        let mut grouped = false;
+        let (mut grouped, mut shared) = (false, false);
         for part in parts {
             if let Some(share) = part.strip_suffix('%') {
+                if std::mem::replace(&mut shared, true) {
+                    return Err(err(part, "is a second share of outliers"));
+                }
                 c.outliers = share_of(share)
                     .ok_or_else(|| err(part, "is not a share of 0 to 5 %, with at most two decimals"))?;
             } else if let Some(n) = part.strip_prefix('g') {
+                if grouped {
+                    return Err(err(part, "is a second group size"));
+                }
                 let n = count(n)
                     .filter(|n| *n > 0 && n.is_multiple_of(4))
                     .ok_or_else(|| err(part, "is not a multiple of 4"))?;
@@ -167,6 +173,11 @@ impl FromStr for Spec {
                 return Err(err(o, "is given twice"));
             }
             seen.push(kind);
+            for (a, b) in [("wfisher", "wnone"), ("ktoken", "kchannel"), ("vtoken", "vchannel")] {
+                if seen.contains(&a) && seen.contains(&b) {
+                    return Err(err(o, "contradicts another option"));
+                }
+            }
             let tokens = || {
                 count(&o[kind.len()..]).filter(|n| *n <= MOST_TOKENS).ok_or_else(|| err(o, "needs a number of tokens"))
             };
@@ -324,6 +335,10 @@ mod tests {
             ("nuq3+sink99999999999999999999", "`sink9"),
             ("nuq3+sink1+sink2", "`sink2`"),
             ("nuq3+fast", "`fast`"),
+            ("nuq3-1%-2%", "`2%`"),
+            ("int4-g8-g16", "`g16`"),
+            ("nuq3+wfisher+wnone", "`wnone`"),
+            ("nuq3+ktoken+kchannel", "`kchannel`"),
             ("nuq3+qnorm3", "`qnorm3`"),
             ("fp16+sink1", "`sink1`"),
             ("int3+qnorm", "qnorm"),
