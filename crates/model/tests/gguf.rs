@@ -5,10 +5,11 @@ mod common;
 use std::path::Path;
 
 use common::gguf::{Builder, Meta};
-use kvquant_model::gguf::{Gguf, GgufError, Value};
+use kvquant_model::gguf::{Gguf, Value};
+use kvquant_model::source::{Fields, SourceError};
 use proptest::prelude::*;
 
-fn open(bytes: &[u8]) -> Result<Gguf, GgufError> {
+fn open(bytes: &[u8]) -> Result<Gguf, SourceError> {
     let file = tempfile::NamedTempFile::new().expect("temporary file");
     std::fs::write(file.path(), bytes).expect("write");
     Gguf::open(file.path())
@@ -28,7 +29,7 @@ fn sample() -> Builder {
         .tensor("odd", &[5], 99, &[])
 }
 
-fn message(result: Result<Gguf, GgufError>) -> String {
+fn message(result: Result<Gguf, SourceError>) -> String {
     result.expect_err("the file is bad").to_string()
 }
 
@@ -45,12 +46,12 @@ fn a_sound_file_reads_back() {
         assert_eq!(g.opt_ints("ints").expect("ints"), Some(&[1, -2][..]));
         assert_eq!(g.vector("v", 3).expect("f32"), [1.0, 2.0, 3.0]);
         assert_eq!(g.vector("h", 2).expect("f16"), [1.0, 2.0]);
-        assert!(matches!(g.uint("n.i32"), Err(GgufError::KeyType { .. })));
-        assert!(matches!(g.uint("none"), Err(GgufError::MissingKey { .. })));
-        assert!(matches!(g.vector("v", 4), Err(GgufError::Shape { .. })));
-        assert!(matches!(g.vector("w", 4), Err(GgufError::MissingTensor { .. })));
+        assert!(matches!(g.uint("n.i32"), Err(SourceError::KeyType { .. })));
+        assert!(matches!(g.uint("none"), Err(SourceError::MissingKey { .. })));
+        assert!(matches!(g.vector("v", 4), Err(SourceError::Shape { .. })));
+        assert!(matches!(g.vector("w", 4), Err(SourceError::MissingTensor { .. })));
         // A type that nobody knows is refused when it is used, and only then.
-        assert!(matches!(g.vector("odd", 5), Err(GgufError::TensorType { .. })));
+        assert!(matches!(g.vector("odd", 5), Err(SourceError::TensorType { .. })));
     }
 }
 
@@ -127,7 +128,7 @@ fn hostile_tensor_tables_are_refused_by_name() {
 #[test]
 fn a_vector_must_be_finite() {
     let g = open(&Builder::new().tensor("v", &[1], 0, &f32::NAN.to_le_bytes()).build()).expect("sound");
-    assert!(matches!(g.vector("v", 1), Err(GgufError::NotFinite { at: 0, .. })));
+    assert!(matches!(g.vector("v", 1), Err(SourceError::NotFinite { at: 0, .. })));
 }
 
 proptest! {

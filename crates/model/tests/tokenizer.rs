@@ -146,10 +146,10 @@ fn llama3_takes_whole_words_and_groups_of_three_digits() {
 #[test]
 fn what_is_not_known_is_refused_by_name() {
     let with = |key: &str, value: Option<Meta>| build(tiny().replace(key, value)).expect_err("refused");
-    let e = with("tokenizer.ggml.model", Some(Meta::Str("llama")));
-    assert!(e.contains("tokenizer.ggml.model = llama") && e.contains("gpt2"), "{e}");
-    let e = with("tokenizer.ggml.pre", Some(Meta::Str("tekken")));
-    assert!(e.contains("tekken") && e.contains("smollm, qwen2, gpt-2, llama-bpe"), "{e}");
+    let e = with("tokenizer.ggml.model", Some(Meta::Str("t5")));
+    assert!(e.contains("tokenizer.ggml.model = t5") && e.contains("gpt2"), "{e}");
+    let e = with("tokenizer.ggml.pre", Some(Meta::Str("rwkv")));
+    assert!(e.contains("rwkv") && e.contains("smollm, qwen2, gpt-2, llama-bpe"), "{e}");
     for key in ["model", "pre", "tokens", "token_type", "merges"] {
         let key = format!("tokenizer.ggml.{key}");
         assert!(with(&key, None).contains(&format!("{key} is missing")));
