@@ -13,16 +13,29 @@ use safetensors::SafeTensors;
 
 /// Of the largest number of a tensor. Keys and values go through fp16 in our cache: that is 2^-11 of each, in what
 /// follows the first attention.
-const RTOL: f32 = 1.5e-3;
+const RTOL: f32 = 2.5e-3;
 /// Keys and values of the first layer are made in f32 from the same weights.
 const RTOL_FIRST: f32 = 5e-6;
 
-const CASES: [&str; 9] =
-    ["llama", "llama-linear", "llama-dynamic", "mistral", "qwen2", "qwen2-window", "qwen3", "gemma3", "phi3"];
+const CASES: [&str; 10] = [
+    "llama",
+    "llama-linear",
+    "llama-dynamic",
+    "mistral",
+    "qwen2",
+    "qwen2-window",
+    "qwen3",
+    "gemma3",
+    "gemma3-scaled",
+    "phi3",
+];
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity").join(name)
 }
+
+/// What GGUF has no keys for.
+const FOLDER_ONLY: [&str; 3] = ["llama-dynamic", "qwen2-window", "gemma3-scaled"];
 
 /// What the other implementation computed.
 struct Reference {
@@ -113,7 +126,7 @@ fn folders_agree() {
 
 #[test]
 fn gguf_files_agree() {
-    for name in CASES.iter().filter(|n| !matches!(**n, "llama-dynamic" | "qwen2-window")) {
+    for name in CASES.iter().filter(|n| !FOLDER_ONLY.contains(n)) {
         check(&folder(name).join("model.gguf"), &reference(&folder(name).join("reference.safetensors")));
     }
 }
@@ -152,7 +165,7 @@ fn configurations_of_older_versions_say_the_same() {
 
 #[test]
 fn both_layouts_are_one_model() {
-    for name in CASES.iter().filter(|n| !matches!(**n, "llama-dynamic" | "qwen2-window")) {
+    for name in CASES.iter().filter(|n| !FOLDER_ONLY.contains(n)) {
         let load = |file: &str| Model::load(&folder(name).join(file), &mut |_, _| {}).expect("loads").0;
         assert_eq!(load("model").fingerprint, load("model.gguf").fingerprint, "{name}");
     }

@@ -1,20 +1,48 @@
 """Perplexity of a GGUF model by an independent implementation, on the windows that `kvquant eval` takes.
 
-usage: reference_perplexity.py MODEL.gguf TEXT [WINDOWS] [CTX]   (needs llama-cpp-python, numpy)
+usage: reference_perplexity.py MODEL.gguf TEXT [WINDOWS] [CTX]   (needs llama-cpp-python, gguf, numpy)
+
+The weights are dequantized to F32 first: that implementation rounds activations to 8 bits before it multiplies them with
+quantized weights, which this program never does.
 
 Windows of CTX tokens from the start of the text; where the model expects a beginning-of-text token, it takes the place of
 the first. Every position but the last predicts the next token. The cache is fp16.
 """
+import pathlib
 import sys
+import tempfile
 import unicodedata
 
 import numpy as np
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize
 from llama_cpp import Llama
 
+
+
+def widen(path, to):
+    source = GGUFReader(path)
+    writer = GGUFWriter(to, source.fields["general.architecture"].contents())
+    for field in source.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    for t in source.tensors:
+        writer.add_tensor(t.name, dequantize(t.data, t.tensor_type).astype(np.float32).reshape(t.shape[::-1]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 path, text = sys.argv[1:3]
+folder = tempfile.TemporaryDirectory()
+wide = pathlib.Path(folder.name) / "wide.gguf"
+widen(path, wide)
 windows, ctx = int(sys.argv[3]) if len(sys.argv) > 3 else 2, int(sys.argv[4]) if len(sys.argv) > 4 else 1024
-model = Llama(path, n_ctx=ctx, n_batch=512, logits_all=True, flash_attn=False, verbose=False, n_threads=2)
-text = open(text, encoding="utf-8").read()[: windows * ctx * 12]
+model = Llama(str(wide), n_ctx=ctx, n_batch=512, logits_all=True, flash_attn=False, verbose=False, n_threads=2)
+text = open(text, encoding="utf-8", newline="").read()[: windows * ctx * 12]
 if "qwen" in model.metadata["general.architecture"]:
     # As that model's own tokenizer does.
     text = unicodedata.normalize("NFC", text)

@@ -117,21 +117,21 @@ impl Tensors<'_> {
         let (hidden, mlp, d) = (c.hidden as u64, c.intermediate as u64, c.head_dim as u64);
         // Sizes are below 2^32 each.
         let (q, kv) = (c.heads as u64 * d, c.kv_heads as u64 * d);
-        let mut layer = vec![
-            ("attn_norm.weight", vec![hidden]),
-            ("attn_output.weight", vec![hidden, q]),
-            ("ffn_norm.weight", vec![hidden]),
-        ];
+        let mut layer = vec![("attn_norm.weight", vec![hidden])];
         if self.family.fused {
-            layer.extend([("attn_qkv.weight", vec![q + 2 * kv, hidden]), ("ffn_up.weight", vec![2 * mlp, hidden])]);
+            layer.push(("attn_qkv.weight", vec![q + 2 * kv, hidden]));
         } else {
             layer.extend([
                 ("attn_q.weight", vec![q, hidden]),
                 ("attn_k.weight", vec![kv, hidden]),
                 ("attn_v.weight", vec![kv, hidden]),
-                ("ffn_gate.weight", vec![mlp, hidden]),
-                ("ffn_up.weight", vec![mlp, hidden]),
             ]);
+        }
+        layer.extend([("attn_output.weight", vec![hidden, q]), ("ffn_norm.weight", vec![hidden])]);
+        if self.family.fused {
+            layer.push(("ffn_up.weight", vec![2 * mlp, hidden]));
+        } else {
+            layer.extend([("ffn_gate.weight", vec![mlp, hidden]), ("ffn_up.weight", vec![mlp, hidden])]);
         }
         layer.push(("ffn_down.weight", vec![hidden, mlp]));
         if c.qkv_bias {

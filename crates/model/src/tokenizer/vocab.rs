@@ -53,6 +53,8 @@ impl<'a> Vocab<'a> {
             }
             3 => Ok(Kind::Control),
             4 => Ok(Kind::UserDefined),
+            // SentencePiece's unknown token is a control token by its nature.
+            2 if pieces => Ok(Kind::Control),
             2 | 5 => Ok(Kind::Unused),
             other => Err(g.field(&format!("{TYPES}, entry {id}"), "1 to 6", other.to_string())),
         });

@@ -41,7 +41,7 @@ CASES = {
               dict(rope_theta=1000.0, rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=32))),
     "qwen2-window": ("Qwen2", dict(use_sliding_window=True, sliding_window=40, max_window_layers=1, rope_parameters=dict(rope_type="default", rope_theta=1000.0)), "float32", 100, dict(rope_theta=1000.0)),
     "qwen3": ("Qwen3", dict(rope_parameters=dict(rope_type="default", rope_theta=1000.0)), "float16", 100, dict(rope_theta=1000.0)),
-    "gemma3": ("Gemma3Text", dict(num_hidden_layers=3, head_dim=16, sliding_window=16, query_pre_attn_scalar=20, final_logit_softcapping=5.0, tie_word_embeddings=True,
+    "gemma3": ("Gemma3Text", dict(num_hidden_layers=3, head_dim=16, sliding_window=16, query_pre_attn_scalar=16, final_logit_softcapping=5.0, tie_word_embeddings=True,
                               layer_types=["sliding_attention", "full_attention", "sliding_attention"],
                               rope_parameters=dict(full_attention=dict(rope_type="linear", rope_theta=2000.0, factor=8.0), sliding_attention=dict(rope_type="default", rope_theta=100.0))), "bfloat16", 100,
                dict(rope_theta=2000.0, rope_local_base_freq=100.0, rope_scaling=dict(rope_type="linear", factor=8.0), sliding_window_pattern=2)),
@@ -50,8 +50,10 @@ CASES = {
 }
 # The same model on a text that is not longer than those that it was trained with first.
 CASES["phi3-short"] = (*CASES["phi3"][:3], 60, None)
+CASES["gemma3-scaled"] = ("Gemma3Text", CASES["gemma3"][1] | dict(num_hidden_layers=1, layer_types=["full_attention"], query_pre_attn_scalar=40), "float32", 100,
+                          CASES["gemma3"][4] | dict(sliding_window_pattern=1))
 # What GGUF has no keys for.
-FOLDER_ONLY = ["llama-dynamic", "qwen2-window"]
+FOLDER_ONLY = ["llama-dynamic", "qwen2-window", "gemma3-scaled"]
 DTYPES = {"bfloat16": gguf.GGMLQuantizationType.BF16, "float16": gguf.GGMLQuantizationType.F16, "float32": gguf.GGMLQuantizationType.F32}
 
 
