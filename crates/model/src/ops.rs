@@ -177,7 +177,7 @@ mod tests {
         assert!(norm.iter().zip(&out).all(|(a, b)| (a - b).abs() < 1e-6));
         scale_rows(&mut norm, &[]);
         scale_rows(&mut norm, &[2.0, 0.0]);
-        let twice = |i: usize| if i % 2 == 0 { 2.0 } else { 0.0 };
+        let twice = |i: usize| if i.is_multiple_of(2) { 2.0 } else { 0.0 };
         assert!(norm.iter().zip(&out).enumerate().all(|(i, (a, b))| (a - twice(i) * b).abs() < 1e-5));
     }
 }

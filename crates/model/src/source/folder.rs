@@ -24,7 +24,7 @@ const DTYPES: &str = "F32, F16, BF16";
 /// An open folder: its configuration and where its tensors lie.
 #[derive(Debug)]
 pub struct Folder {
-    path: PathBuf,
+    root: PathBuf,
     config: PathBuf,
     metadata: BTreeMap<String, Value>,
     tensors: BTreeMap<String, Located>,
@@ -40,7 +40,7 @@ impl Folder {
         let config = path.join("config.json");
         let mut metadata = BTreeMap::new();
         flatten("", &read_json(&config)?, &mut metadata);
-        let mut folder = Self { path: path.to_owned(), config, metadata, tensors: BTreeMap::new(), files: Vec::new() };
+        let mut folder = Self { root: path.to_owned(), config, metadata, tensors: BTreeMap::new(), files: Vec::new() };
         let index = path.join(INDEX);
         if !index.exists() {
             folder.add(SINGLE)?;
@@ -84,7 +84,7 @@ impl Folder {
     }
 
     fn add(&mut self, name: &str) -> Result<(), SourceError> {
-        let path = self.path.join(name);
+        let path = self.root.join(name);
         let (file, tensors) = shard::open(&path, self.files.len())?;
         self.files.push((path.clone(), Mutex::new(file)));
         for (name, tensor) in tensors {
@@ -98,7 +98,7 @@ impl Folder {
 
     /// The folder.
     pub fn folder(&self) -> &Path {
-        &self.path
+        &self.root
     }
 
     /// All metadata of `config.json`, dots between the names of nested objects.
@@ -111,7 +111,7 @@ impl Folder {
     /// # Errors
     /// It can't be read, or is no JSON.
     pub fn json(&self, name: &str) -> Result<Option<Json>, SourceError> {
-        let path = self.path.join(name);
+        let path = self.root.join(name);
         if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
     }
 
@@ -120,7 +120,7 @@ impl Folder {
     /// # Errors
     /// It can't be read.
     pub fn text(&self, name: &str) -> Result<Option<String>, SourceError> {
-        let path = self.path.join(name);
+        let path = self.root.join(name);
         if path.exists() { read_text(&path).map(Some) } else { Ok(None) }
     }
 
@@ -198,7 +198,7 @@ impl Folder {
     }
 
     fn found(&self, tensor: &str) -> Result<&Located, SourceError> {
-        let missing = || SourceError::MissingTensor { path: self.path.clone(), tensor: tensor.to_owned() };
+        let missing = || SourceError::MissingTensor { path: self.root.clone(), tensor: tensor.to_owned() };
         self.tensors.get(tensor).ok_or_else(missing)
     }
 
