@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use half::f16;
-use kvquant_kernels::attend::{CodedView, SideView, ViewError};
-use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, clear_code, set_code, unit_words};
+use kvquant_kernels::attend::{CodedView, HeadLut, Outliers, SideView, TokenScales, ViewError};
+use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, set_code, unit_bytes};
 use kvquant_quant::{Outlier, SideQuantizer, TokenCodes};
 
 use crate::bytes::Bytes;
@@ -19,8 +19,14 @@ pub(crate) struct Quantizers {
 /// How one side of a block is laid out. C = kv_heads * head_dim.
 #[derive(Debug, Clone)]
 struct SideLayout {
-    bits: u32,
-    channels: usize,
+    /// Bits of each unit of 4 places.
+    widths: Vec<u8>,
+    /// Where each unit's codes begin, in bytes of the side's codes; then where the last ends.
+    starts: Vec<usize>,
+    /// The channel of each place `[C]`.
+    channels: Vec<u16>,
+    /// The place of each channel `[C]`.
+    places: Vec<u16>,
     head_dim: usize,
     groups: usize,
     group_channels: usize,
@@ -29,9 +35,29 @@ struct SideLayout {
 
 impl SideLayout {
     fn new(q: &SideQuantizer, channels: usize, head_dim: usize) -> Self {
+        let lut = q.lut();
+        let channel = |place: usize| match lut.order.get(place) {
+            Some(&c) => (place / head_dim * head_dim) as u16 + c,
+            None => place as u16,
+        };
+        let channels: Vec<u16> = (0..channels).map(channel).collect();
+        let mut places = vec![0; channels.len()];
+        for (place, &c) in channels.iter().enumerate() {
+            places[c as usize] = place as u16;
+        }
+        let sizes = lut.widths.iter().map(|&b| unit_bytes(b as u32));
+        let starts = [0]
+            .into_iter()
+            .chain(sizes.scan(0, |end, size| {
+                *end += size;
+                Some(*end)
+            }))
+            .collect();
         SideLayout {
-            bits: q.lut().bits,
+            widths: lut.widths.clone(),
+            starts,
             channels,
+            places,
             head_dim,
             groups: q.groups(),
             group_channels: q.group_channels(),
@@ -39,8 +65,8 @@ impl SideLayout {
         }
     }
 
-    fn code_words(&self) -> usize {
-        self.channels / UNIT_CHANNELS * unit_words(self.bits)
+    fn code_bytes(&self) -> usize {
+        *self.starts.last().expect("the end is always there")
     }
 
     fn scales(&self) -> usize {
@@ -52,7 +78,7 @@ impl SideLayout {
     }
 
     fn units(&self) -> usize {
-        self.channels / UNIT_CHANNELS
+        self.widths.len()
     }
 }
 
@@ -61,9 +87,12 @@ impl SideLayout {
 pub(crate) struct Layout {
     key: SideLayout,
     value: SideLayout,
+    places: [Place; 2],
+    words: usize,
 }
 
-/// Where one side's parts lie in a block: codes in words; scales and counts in halves and bytes of the words behind.
+/// Where one side's parts lie in a block: codes and counts in bytes, scales in halves.
+#[derive(Debug, Clone)]
 struct Place {
     codes: Range<usize>,
     scales: Range<usize>,
@@ -72,63 +101,57 @@ struct Place {
 
 impl Layout {
     pub fn new(q: &Quantizers, channels: usize, head_dim: usize) -> Self {
-        Layout {
-            key: SideLayout::new(&q.key, channels, head_dim),
-            value: SideLayout::new(&q.value, channels, head_dim),
-        }
-    }
-
-    fn places(&self) -> [Place; 2] {
-        let (k, v) = (&self.key, &self.value);
-        let codes = k.code_words() + v.code_words();
-        // 64 tokens a group: an even number of halves, so that bytes begin on a word.
+        let (key, value) = (SideLayout::new(&q.key, channels, head_dim), SideLayout::new(&q.value, channels, head_dim));
+        let (k, v) = (&key, &value);
+        // Units are 32 bytes a bit, so that halves begin on a half.
+        let (k_codes, codes) = (k.code_bytes(), k.code_bytes() + v.code_bytes());
         let (k_scales, v_scales) = (k.scales() + k.zeros(), v.scales() + v.zeros());
-        let (halves, bytes) = (2 * codes, 4 * codes + 2 * (k_scales + v_scales));
-        [
-            Place { codes: 0..k.code_words(), scales: halves..halves + k_scales, counts: bytes..bytes + k.units() },
+        let (halves, bytes) = (codes / 2, codes + 2 * (k_scales + v_scales));
+        let places = [
+            Place { codes: 0..k_codes, scales: halves..halves + k_scales, counts: bytes..bytes + k.units() },
             Place {
-                codes: k.code_words()..codes,
+                codes: k_codes..codes,
                 scales: halves + k_scales..halves + k_scales + v_scales,
                 counts: bytes + k.units()..bytes + k.units() + v.units(),
             },
-        ]
-    }
-
-    fn words(&self) -> usize {
-        (self.places()[1].counts.end + 1).div_ceil(4)
+        ];
+        let words = (places[1].counts.end + 1).div_ceil(4);
+        Layout { key, value, places, words }
     }
 }
 
 /// Up to 64 tokens of keys and values as codes.
 ///
 /// ```text
-/// fixed     key codes   [C / 4 units][bits][8] u32     unit layout: kvquant_quant::pack
+/// fixed     key codes   [C / 4 units] of widths[unit] * 32 bytes     unit layout: kvquant_quant::pack
 ///           value codes likewise
 ///           key scales  [groups][64] fp16, then zero points [groups][64] fp16   (per-token scopes only)
 ///           value scales likewise
 ///           counts      [C / 4] u8 for keys, then for values: outliers of each unit
 ///           tokens      u8
-/// outliers  [place, residual low, residual high] an outlier, unit by unit, keys first
-///           place = channel_in_unit * 64 + token;  residual = fp16(exact value - dense value)
+/// outliers  a byte each, unit by unit, keys first: place_in_unit * 64 + token; then in the same order
+///           fp16(exact value - dense value), low byte first
 /// ```
 #[derive(Debug, Clone)]
 pub(crate) struct CodedBlock {
     fixed: Box<[u32]>,
-    outliers: Vec<[u8; 3]>,
+    outliers: Vec<u8>,
 }
 
 // A block's header is part of the bits that are reported.
 const _: () = assert!(size_of::<CodedBlock>() <= 40);
+/// Bytes of an outlier.
+const OUTLIER: usize = 3;
 /// Outliers that an open block makes room for at a time: doubling would leave much of it unused.
 const GROW_OUTLIERS: usize = 32;
 
 impl CodedBlock {
     pub fn new(layout: &Layout) -> Self {
-        CodedBlock { fixed: vec![0; layout.words()].into(), outliers: Vec::new() }
+        CodedBlock { fixed: vec![0; layout.words].into(), outliers: Vec::new() }
     }
 
     pub fn len(&self) -> usize {
-        *bytemuck::cast_slice::<u32, u8>(&self.fixed).last().expect("the token count ends the block") as usize
+        *self.bytes_of().last().expect("the token count ends the block") as usize
     }
 
     fn set_len(&mut self, len: usize) {
@@ -139,24 +162,27 @@ impl CodedBlock {
         bytemuck::cast_slice(&self.fixed)
     }
 
+    fn bytes_of(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.fixed)
+    }
+
     fn bytes_mut(&mut self) -> &mut [u8] {
         bytemuck::cast_slice_mut(&mut self.fixed)
     }
 
     /// Outliers before a unit of a side, and in it.
-    fn outlier_range(&self, places: &[Place; 2], side: usize, units: Range<usize>) -> Range<usize> {
-        let bytes: &[u8] = bytemuck::cast_slice(&self.fixed);
+    fn outlier_range(&self, layout: &Layout, side: usize, units: Range<usize>) -> Range<usize> {
+        let bytes = self.bytes_of();
         let sum = |range: Range<usize>| bytes[range].iter().map(|&c| c as usize).sum::<usize>();
-        let counts = &places[side].counts;
-        let keys = if side == 1 { sum(places[0].counts.clone()) } else { 0 };
+        let counts = &layout.places[side].counts;
+        let keys = if side == 1 { sum(layout.places[0].counts.clone()) } else { 0 };
         let first = keys + sum(counts.start..counts.start + units.start);
         first..first + sum(counts.start + units.start..counts.start + units.end)
     }
 
     pub fn push(&mut self, layout: &Layout, key: &TokenCodes, value: &TokenCodes) {
-        let places = layout.places();
         for (side, (l, codes)) in [(&layout.key, key), (&layout.value, value)].into_iter().enumerate() {
-            self.set(l, &places, side, codes);
+            self.set(layout, l, side, codes);
         }
         self.set_len(self.len() + 1);
         if self.len() == BLOCK_TOKENS {
@@ -164,13 +190,15 @@ impl CodedBlock {
         }
     }
 
-    fn set(&mut self, l: &SideLayout, places: &[Place; 2], side: usize, codes: &TokenCodes) {
-        let (token, place) = (self.len(), &places[side]);
-        let words = unit_words(l.bits);
-        let units = self.fixed[place.codes.clone()].chunks_exact_mut(words);
-        for (unit, four) in units.zip(codes.codes.as_chunks::<UNIT_CHANNELS>().0) {
-            for (i, &code) in four.iter().enumerate() {
-                set_code(unit, l.bits, i, token, code);
+    fn set(&mut self, layout: &Layout, l: &SideLayout, side: usize, codes: &TokenCodes) {
+        let (token, place) = (self.len(), &layout.places[side]);
+        let all = &mut self.bytes_mut()[place.codes.clone()];
+        for ((unit, &bits), channels) in
+            l.starts.windows(2).zip(&l.widths).zip(l.channels.as_chunks::<UNIT_CHANNELS>().0)
+        {
+            let unit = &mut all[unit[0]..unit[1]];
+            for (i, &c) in channels.iter().enumerate() {
+                set_code(unit, bits as u32, i, token, codes.codes[c as usize]);
             }
         }
         let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut self.fixed);
@@ -182,58 +210,62 @@ impl CodedBlock {
             group[token] = z.to_bits();
         }
         for o in &codes.outliers {
-            self.insert(places, side, token, *o);
+            self.insert(layout, l, side, token, *o);
         }
     }
 
-    fn insert(&mut self, places: &[Place; 2], side: usize, token: usize, o: Outlier) {
-        let unit = o.channel as usize / UNIT_CHANNELS;
-        let [low, high] = o.residual.to_le_bytes();
-        let entry = [(o.channel as usize % UNIT_CHANNELS * BLOCK_TOKENS + token) as u8, low, high];
-        let range = self.outlier_range(places, side, unit..unit + 1);
-        let at = places[side].counts.start + unit;
+    fn insert(&mut self, layout: &Layout, l: &SideLayout, side: usize, token: usize, o: Outlier) {
+        let place = l.places[o.channel as usize] as usize;
+        let unit = place / UNIT_CHANNELS;
+        let entry = (place % UNIT_CHANNELS * BLOCK_TOKENS + token) as u8;
+        let bits = o.residual.to_le_bytes();
+        let range = self.outlier_range(layout, side, unit..unit + 1);
+        let (at, n) = (layout.places[side].counts.start + unit, self.outliers.len() / OUTLIER);
         if self.bytes_mut()[at] < u8::MAX {
             self.bytes_mut()[at] += 1;
             if self.outliers.len() == self.outliers.capacity() {
-                self.outliers.reserve_exact(GROW_OUTLIERS);
+                self.outliers.reserve_exact(OUTLIER * GROW_OUTLIERS);
             }
+            // Behind the unit's last place, and behind its last residual, which lies one further by now.
             self.outliers.insert(range.end, entry);
+            let residual = n + 1 + 2 * range.end;
+            self.outliers.splice(residual..residual, bits);
             return;
         }
         // A unit of 256 entries counts at most 255 outliers: the smallest residual gives way.
-        let size = |e: &[u8; 3]| f16::from_le_bytes([e[1], e[2]]).to_f32().abs();
-        if let Some(least) = self.outliers[range].iter_mut().min_by(|a, b| size(a).total_cmp(&size(b)))
-            && size(least) < size(&entry)
+        let (places, residuals) = self.outliers.split_at_mut(n);
+        let residuals = residuals.as_chunks_mut::<2>().0;
+        let size = |bits: [u8; 2]| f16::from_le_bytes(bits).to_f32().abs();
+        if let Some(least) = range.min_by(|&a, &b| size(residuals[a]).total_cmp(&size(residuals[b])))
+            && size(residuals[least]) < size(bits)
         {
-            *least = entry;
+            (places[least], residuals[least]) = (entry, bits);
         }
     }
 
     pub fn truncate(&mut self, layout: &Layout, len: usize) {
-        let places = layout.places();
-        let mut kept = Vec::with_capacity(self.outliers.len());
-        for (side, l) in [&layout.key, &layout.value].into_iter().enumerate() {
-            for unit in 0..l.units() {
-                let of_unit = self.outlier_range(&places, side, unit..unit + 1);
-                kept.push(
-                    self.outliers[of_unit]
-                        .iter()
-                        .filter(|e| (e[0] as usize) % BLOCK_TOKENS < len)
-                        .copied()
-                        .collect::<Vec<_>>(),
-                );
+        let n = self.outliers.len() / OUTLIER;
+        let (old, residuals) = self.outliers.split_at(n);
+        let residuals = residuals.as_chunks::<2>().0;
+        let (mut places, mut kept, mut first) = (Vec::new(), Vec::new(), 0);
+        let counts = layout.places[0].counts.start..layout.places[1].counts.end;
+        let fixed: &mut [u8] = bytemuck::cast_slice_mut(&mut self.fixed);
+        for count in &mut fixed[counts] {
+            let (before, of_unit) = (places.len(), first..first + *count as usize);
+            first = of_unit.end;
+            for i in of_unit.filter(|&i| (old[i] as usize) % BLOCK_TOKENS < len) {
+                places.push(old[i]);
+                kept.extend(residuals[i]);
             }
+            *count = (places.len() - before) as u8;
         }
-        let counts = places[0].counts.start..places[1].counts.end;
-        for (count, kept) in self.bytes_mut()[counts].iter_mut().zip(&kept) {
-            *count = kept.len() as u8;
-        }
-        self.outliers.clear();
-        self.outliers.extend(kept.into_iter().flatten());
-        for (l, place) in [&layout.key, &layout.value].into_iter().zip(&places) {
-            for unit in self.fixed[place.codes.clone()].chunks_exact_mut(unit_words(l.bits)) {
+        places.append(&mut kept);
+        self.outliers = places;
+        for (l, place) in [&layout.key, &layout.value].into_iter().zip(&layout.places) {
+            let codes = &mut self.bytes_mut()[place.codes.clone()];
+            for (unit, &bits) in l.starts.windows(2).zip(&l.widths) {
                 for (i, t) in (0..UNIT_CHANNELS).flat_map(|i| (len..BLOCK_TOKENS).map(move |t| (i, t))) {
-                    clear_code(unit, l.bits, i, t);
+                    set_code(&mut codes[unit[0]..unit[1]], bits as u32, i, t, 0);
                 }
             }
             let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut self.fixed);
@@ -247,69 +279,55 @@ impl CodedBlock {
     /// One head's keys and values.
     pub fn views<'a>(
         &'a self,
-        layout: &Layout,
+        layout: &'a Layout,
         q: &'a Quantizers,
         head: usize,
     ) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
-        let places = layout.places();
-        Ok((self.view(&layout.key, &places, 0, &q.key, head)?, self.view(&layout.value, &places, 1, &q.value, head)?))
+        Ok((self.view(layout, &layout.key, 0, &q.key, head)?, self.view(layout, &layout.value, 1, &q.value, head)?))
     }
 
     fn view<'a>(
         &'a self,
-        l: &SideLayout,
-        places: &[Place; 2],
+        layout: &'a Layout,
+        l: &'a SideLayout,
         side: usize,
         q: &'a SideQuantizer,
         head: usize,
     ) -> Result<SideView<'a>, ViewError> {
-        let place = &places[side];
-        let units = l.head_dim / UNIT_CHANNELS;
-        let words = units * unit_words(l.bits);
-        let codes = &self.fixed[place.codes.clone()][head * words..(head + 1) * words];
-        let bytes: &[u8] = bytemuck::cast_slice(&self.fixed);
-        let counts = &bytes[place.counts.clone()][head * units..(head + 1) * units];
-        let outliers = self.outlier_range(places, side, head * units..(head + 1) * units);
+        let (place, lut, d) = (&layout.places[side], q.lut(), l.head_dim);
+        let of_head = head * d..(head + 1) * d;
+        let units = of_head.start / UNIT_CHANNELS..of_head.end / UNIT_CHANNELS;
+        let bytes = self.bytes_of();
+        let codes = &bytes[place.codes.clone()][l.starts[units.start]..l.starts[units.end]];
+        let counts = &bytes[place.counts.clone()][units.clone()];
+        let range = self.outlier_range(layout, side, units.clone());
+        let (places, residuals) = self.outliers.split_at(self.outliers.len() / OUTLIER);
+        let outliers = Outliers { counts, places: &places[range.clone()], residuals: &residuals.as_chunks().0[range] };
+        let tables = if lut.per_channel { of_head.clone() } else { 0..1 };
+        let head_lut = HeadLut {
+            widths: &l.widths[units],
+            tables: &lut.tables[tables.clone()],
+            steps: &lut.steps[tables],
+            order: lut.order.get(of_head).unwrap_or(&[]),
+        };
         let (scale, zero) = self.halves()[place.scales.clone()].split_at(l.scales());
-        // A scale group is the whole token (all heads read the same one) or a part of one head.
-        let group_channels = l.group_channels.min(l.head_dim);
-        let groups = if l.groups == 0 {
-            0..0
-        } else {
-            let a_head = if l.group_channels > l.head_dim { 0 } else { l.head_dim / group_channels };
+        let scales = (l.groups > 0).then(|| {
+            // A scale group is the whole token (all heads read the same one) or a part of one head.
+            let group_channels = l.group_channels.min(d);
+            let a_head = if l.group_channels > d { 0 } else { d / group_channels };
             let first = head * a_head;
-            first * BLOCK_TOKENS..(first + a_head.max(1)) * BLOCK_TOKENS
-        };
-        let lut = q.lut();
-        let table = if lut.per_channel {
-            let n = l.head_dim << lut.bits;
-            &lut.table[head * n..(head + 1) * n]
-        } else {
-            &lut.table[..]
-        };
-        let zero = if zero.is_empty() { zero } else { &zero[groups.clone()] };
-        let outliers = &self.outliers[outliers];
-        let coded = CodedView::new(
-            l.bits,
-            l.head_dim,
-            codes,
-            table,
-            lut.per_channel,
-            &scale[groups],
-            zero,
-            group_channels,
-            counts,
-            outliers,
-        )?;
-        Ok(SideView::Coded(coded))
+            let groups = first * BLOCK_TOKENS..(first + a_head.max(1)) * BLOCK_TOKENS;
+            let zero = if zero.is_empty() { zero } else { &zero[groups.clone()] };
+            TokenScales { scale: &scale[groups], zero, group_channels }
+        });
+        Ok(SideView::Coded(CodedView::new(d, codes, head_lut, scales, outliers)?))
     }
 
     /// The header is counted with the layer's list of blocks.
     pub fn bytes(&self, layout: &Layout) -> Bytes {
-        let places = layout.places();
-        let codes = 4 * places[1].codes.end;
-        let scales = places.iter().map(|p| 2 * p.scales.len()).sum();
-        let outliers = 4 * self.fixed.len() - codes - scales + 3 * self.outliers.capacity();
+        let codes = layout.places[1].codes.end;
+        let scales = layout.places.iter().map(|p| 2 * p.scales.len()).sum();
+        let outliers = 4 * self.fixed.len() - codes - scales + self.outliers.capacity();
         Bytes { codes, scales, outliers, ..Bytes::default() }
     }
 }

@@ -6,59 +6,59 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use half::f16;
-use kvquant_kernels::attend::{BlockView, CodedView, Kernels, Rows, SideView, State};
+use kvquant_kernels::attend::{BlockView, CodedView, HeadLut, Kernels, Outliers, Rows, SideView, State, TokenScales};
 use kvquant_kernels::rope::Rope;
-use kvquant_quant::pack::{BLOCK_TOKENS, unit_words};
+use kvquant_quant::pack::{BLOCK_TOKENS, unit_bytes};
+use kvquant_quant::{TOP, Table};
 
 const HEAD_DIM: usize = 64;
 const GROUP: usize = 3;
 /// 64 MB of fp16 keys and values: beyond any cache.
 const BLOCKS: usize = 4096;
-const OUTLIERS_A_UNIT: usize = 3;
 
 /// Codes of one side of all blocks, one after another.
 struct History {
-    bits: u32,
-    codes: Vec<u32>,
-    lut: Vec<f32>,
+    widths: Vec<u8>,
+    codes: Vec<u8>,
+    tables: Vec<Table>,
+    steps: Vec<f32>,
     scale: Vec<u16>,
     counts: Vec<u8>,
-    outliers: Vec<[u8; 3]>,
+    places: Vec<u8>,
+    residuals: Vec<[u8; 2]>,
 }
 
 impl History {
-    fn new(bits: u32, token_scales: bool) -> Self {
+    fn new(widths: &[u8], token_scales: bool, outliers_a_unit: usize) -> Self {
         let units = HEAD_DIM / 4;
         let mix = |i: usize| (i as u32).wrapping_mul(0x9E37_79B9) ^ (i as u32) << 7;
-        let [low, high] = f16::from_f32(0.5).to_le_bytes();
+        let widths: Vec<u8> = (0..units).map(|u| widths[u % widths.len()]).collect();
+        let a_block: usize = widths.iter().map(|&b| unit_bytes(b as u32)).sum();
         let tables = if token_scales { 1 } else { HEAD_DIM };
+        let low: Vec<i16> = (0..16).map(|i| (i % 13 - 6) * TOP / 12).collect();
         History {
-            bits,
-            codes: (0..BLOCKS * units * unit_words(bits)).map(mix).collect(),
-            lut: (0..tables << bits).map(|i| (i % 13) as f32 / 6.5 - 1.0).collect(),
+            widths,
+            codes: (0..BLOCKS * a_block).map(|i| (mix(i) >> 9) as u8).collect(),
+            tables: vec![Table::new(&low, &[0, 1, 2, 3]); tables],
+            steps: vec![1.0 / TOP as f32; tables],
             scale: if token_scales { vec![f16::ONE.to_bits(); BLOCK_TOKENS] } else { vec![] },
-            counts: vec![OUTLIERS_A_UNIT as u8; units],
-            outliers: (0..units * OUTLIERS_A_UNIT).map(|i| [mix(i) as u8, low, high]).collect(),
+            counts: vec![outliers_a_unit as u8; units],
+            places: (0..units * outliers_a_unit).map(|i| (mix(i) >> 5) as u8).collect(),
+            residuals: vec![f16::from_f32(0.5).to_le_bytes(); units * outliers_a_unit],
         }
     }
 
     fn view(&self, block: usize) -> SideView<'_> {
-        let words = HEAD_DIM / 4 * unit_words(self.bits);
-        let codes = &self.codes[block * words..(block + 1) * words];
-        let (s, per_channel) = (&self.scale[..], self.scale.is_empty());
-        let coded = CodedView::new(
-            self.bits,
-            HEAD_DIM,
-            codes,
-            &self.lut,
-            per_channel,
-            s,
-            s,
-            HEAD_DIM,
-            &self.counts,
-            &self.outliers,
-        );
-        SideView::Coded(coded.expect("sizes follow from the constants"))
+        let bytes = self.codes.len() / BLOCKS;
+        let lut = HeadLut { widths: &self.widths, tables: &self.tables, steps: &self.steps, order: &[] };
+        let scales = (!self.scale.is_empty()).then_some(TokenScales {
+            scale: &self.scale,
+            zero: &self.scale,
+            group_channels: HEAD_DIM,
+        });
+        let outliers = Outliers { counts: &self.counts, places: &self.places, residuals: &self.residuals };
+        let codes = &self.codes[block * bytes..(block + 1) * bytes];
+        SideView::Coded(CodedView::new(HEAD_DIM, codes, lut, scales, outliers).expect("sizes follow from the widths"))
     }
 }
 
@@ -111,9 +111,14 @@ fn main() {
         };
         row("fp16", 16.0, fp16);
         for bits in [4, 3, 2] {
-            let (k, v) = (History::new(bits, false), History::new(bits, true));
+            let (k, v) = (History::new(&[bits], false, 3), History::new(&[bits], true, 3));
             let t = time(kernels, |b| (k.view(b), v.view(b)));
             row(&format!("nuq{bits}-1%"), bits as f64 + 0.36, t);
+        }
+        for (mean, widths) in [(4, [6u8, 4, 3, 3]), (3, [5, 3, 3, 1]), (2, [4, 2, 1, 1])] {
+            let (k, v) = (History::new(&widths, false, 0), History::new(&widths, false, 0));
+            let t = time(kernels, |b| (k.view(b), v.view(b)));
+            row(&format!("mixed {mean}"), mean as f64, t);
         }
     }
 }

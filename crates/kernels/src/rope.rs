@@ -25,12 +25,22 @@ pub struct Rotation {
 }
 
 /// R(j) for every place j of a block: `cos[pair * BLOCK_TOKENS + j]`, so that tokens lie along a vector.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct BlockTable {
     /// `[head_dim / 2, BLOCK_TOKENS]`
     pub cos: Vec<f32>,
     /// `[head_dim / 2, BLOCK_TOKENS]`
     pub sin: Vec<f32>,
+    /// cos in units of 2^-15, the tokens of each pair in [`shuffled`] order.
+    pub(crate) cos16: Vec<[i16; BLOCK_TOKENS]>,
+    /// sin likewise.
+    pub(crate) sin16: Vec<[i16; BLOCK_TOKENS]>,
+}
+
+/// The token at a place of the order in which byte shuffles deliver 16-bit values: within each 16 bytes, the lower
+/// eight go to the first half of the block's 64 places and the upper eight to the second.
+pub(crate) const fn shuffled(place: usize) -> usize {
+    place % 32 / 8 * 16 + place / 32 * 8 + place % 8
 }
 
 impl Rope {
@@ -60,7 +70,11 @@ impl Rope {
             .flat_map(|f| (0..BLOCK_TOKENS).map(move |j| (j as f64 * f).sin_cos()))
             .map(|(s, c)| (s as f32, c as f32))
             .unzip();
-        BlockTable { cos, sin }
+        let sixteen = |part: fn(f64) -> f64| {
+            let of = |f: &f64| std::array::from_fn(|i| (part(shuffled(i) as f64 * f) * 32768.0).round() as i16);
+            self.inv_freq.iter().map(of).collect()
+        };
+        BlockTable { cos, sin, cos16: sixteen(f64::cos), sin16: sixteen(f64::sin) }
     }
 }
 
@@ -75,6 +89,7 @@ impl Rotation {
     }
 
     /// Turns one head `[head_dim]` backward, from `head` to `out`.
+    #[inline]
     pub fn undo(&self, head: &[f32], out: &mut [f32]) {
         for (((pair, to), &c), &s) in head.chunks_exact(2).zip(out.chunks_exact_mut(2)).zip(&self.cos).zip(&self.sin) {
             to[0] = pair[0] * c + pair[1] * s;

@@ -4,7 +4,8 @@
 //! spec      what a cache is asked to be: `nuq3-1%+sink1`
 //! codebook  signposts in normalised units: uniform, normal-float; learned ones come from a fit
 //! side      one token's keys or values of a layer -> codes, scales, outliers (TokenCodes)
-//! pack      256 codes -> a unit of words
+//! pack      256 codes -> a unit of bytes
+//! lut       codes -> signposts
 //! file      fits of a model, in a safetensors file
 //! ```
 //!
@@ -12,11 +13,13 @@
 
 mod codebook;
 mod file;
+mod lut;
 pub mod pack;
 mod side;
 mod spec;
 
 pub use codebook::{normal_float, uniform};
 pub use file::{FileError, Fingerprint, Fit, LayerFit, Provenance, Quantizer, SideFit};
-pub use side::{Lut, Outlier, QuantError, Side, SideQuantizer, TokenCodes, fits_half};
+pub use lut::{Lut, TOP, Table};
+pub use side::{Outlier, QuantError, Side, SideQuantizer, TokenCodes, fits_half};
 pub use spec::{CodebookKind, CodedSpec, FisherWeights, KeyStage, Scope, Spec, SpecError};

@@ -1,56 +1,69 @@
-//! The unit: 256 codes of 4 channels x 64 tokens.
+//! The unit: 256 codes of 4 channels x 64 tokens, `b` bits each, in `b` vectors of 32 bytes.
+//!
+//! Every code of 32 tokens of a channel comes out of a vector by one shift and one mask into a byte of its own,
+//! where a byte shuffle looks it up. Byte `i` of a vector belongs to the tokens `i` and `i + 32`:
 //!
 //! ```text
-//! A block holds 64 tokens of one layer, kv head and side: head_dim / 4 units, channel by channel.
-//! A unit is 8 lanes x b words of 32 bits, word-major (one 256-bit load = one word of every lane):
-//!   u32 words[w * 8 + lane],  w in 0..b
-//! lane l holds a stream of 32*b bits: code n = channel_in_unit * 8 + m  of token  t = 8*m + l,  m in 0..8
-//! at bits [n*b, n*b + b) of the stream, low bits first, crossing words where they fall.
+//! 4 bits   vector c          | token i+32 of channel c | token i of channel c |              c in 0..4
+//! 3 bits   vector c          | x | token i+32 of c     | x | token i of c     |              c in 0..3
+//!          x: bit c of channel 3's code of the same token
+//! 2 bits   vector v          | 2v+1, i+32 | 2v+1, i | 2v, i+32 | 2v, i |                     v in 0..2
+//! 1 bit    one vector        | 3, i+32 | 3, i | 2, i+32 | 2, i | 1, i+32 | 1, i | 0, i+32 | 0, i |
+//! 5 to 7   the low 4 bits as a 4-bit unit, then the rest as a unit of 1 to 3 bits
+//! 0        nothing: every code is 0
 //! ```
+//!
+//! A 3-bit nibble's fourth bit is noise to its channel: tables of less than 16 signposts repeat.
+
 /// Tokens in a block.
 pub const BLOCK_TOKENS: usize = 64;
 /// Channels in a unit.
 pub const UNIT_CHANNELS: usize = 4;
-/// Lanes of 32 bits in a unit.
-pub const LANES: usize = 8;
-/// Words of 32 bits in a unit of `bits`-bit codes.
-pub const fn unit_words(bits: u32) -> usize {
-    LANES * bits as usize
+/// Bytes of a vector of a unit, each for two tokens.
+pub const VECTOR: usize = BLOCK_TOKENS / 2;
+/// The widest code.
+pub const MAX_BITS: u32 = 7;
+/// Bits of a code that the first plane holds.
+pub const LOW_BITS: u32 = 4;
+
+/// Bytes of a unit of `bits`-bit codes.
+pub const fn unit_bytes(bits: u32) -> usize {
+    VECTOR * bits as usize
 }
-/// ORs one code into a zeroed place of a unit.
+
+/// Calls `place(byte, shift, n, from)`: bits `from .. from + n` of the code lie at `shift` of that byte.
 #[inline]
-pub fn set_code(unit: &mut [u32], bits: u32, channel_in_unit: usize, token: usize, code: u8) {
-    let (lane, m) = (token % LANES, token / LANES);
-    let bit = (channel_in_unit * 8 + m) * bits as usize;
-    let (w, s) = (bit / 32, bit % 32);
-    unit[w * LANES + lane] |= (code as u32) << s;
-    if s + bits as usize > 32 {
-        unit[(w + 1) * LANES + lane] |= (code as u32) >> (32 - s);
-    }
+fn pieces(bits: u32, channel: usize, token: usize, mut place: impl FnMut(usize, u32, u32, u32)) {
+    let (i, half) = (token % VECTOR, (token / VECTOR) as u32);
+    let mut plane = |first: usize, bits: u32, from: u32| match bits {
+        0 => {}
+        1 => place(first + i, 2 * channel as u32 + half, 1, from),
+        2 => place(first + channel / 2 * VECTOR + i, 4 * (channel as u32 % 2) + 2 * half, 2, from),
+        3 if channel < 3 => place(first + channel * VECTOR + i, 4 * half, 3, from),
+        3 => (0..3).for_each(|bit| place(first + bit as usize * VECTOR + i, 4 * half + 3, 1, from + bit)),
+        _ => place(first + channel * VECTOR + i, 4 * half, 4, from),
+    };
+    plane(0, bits.min(LOW_BITS), 0);
+    plane(unit_bytes(LOW_BITS), bits.saturating_sub(LOW_BITS), LOW_BITS);
 }
-/// Reads one code.
+
+/// Writes one code of a unit.
 #[inline]
-pub fn get_code(unit: &[u32], bits: u32, channel_in_unit: usize, token: usize) -> u8 {
-    let (lane, m) = (token % LANES, token / LANES);
-    let bit = (channel_in_unit * 8 + m) * bits as usize;
-    let (w, s) = (bit / 32, bit % 32);
-    let mut v = unit[w * LANES + lane] >> s;
-    if s + bits as usize > 32 {
-        v |= unit[(w + 1) * LANES + lane] << (32 - s);
-    }
-    (v & ((1 << bits) - 1)) as u8
+pub fn set_code(unit: &mut [u8], bits: u32, channel_in_unit: usize, token: usize, code: u8) {
+    pieces(bits, channel_in_unit, token, |byte, shift, n, from| {
+        let mask = ((1u8 << n) - 1) << shift;
+        unit[byte] = unit[byte] & !mask | (code >> from) << shift & mask;
+    });
 }
-/// Clears one code, so that it can be set again (truncate).
+
+/// Reads one code of a unit.
 #[inline]
-pub fn clear_code(unit: &mut [u32], bits: u32, channel_in_unit: usize, token: usize) {
-    let (lane, m) = (token % LANES, token / LANES);
-    let bit = (channel_in_unit * 8 + m) * bits as usize;
-    let (w, s) = (bit / 32, bit % 32);
-    let mask = (1u32 << bits) - 1;
-    unit[w * LANES + lane] &= !(mask << s);
-    if s + bits as usize > 32 {
-        unit[(w + 1) * LANES + lane] &= !(mask >> (32 - s));
-    }
+pub fn get_code(unit: &[u8], bits: u32, channel_in_unit: usize, token: usize) -> u8 {
+    let mut code = 0;
+    pieces(bits, channel_in_unit, token, |byte, shift, n, from| {
+        code |= (unit[byte] >> shift & ((1 << n) - 1)) << from;
+    });
+    code
 }
 
 #[cfg(test)]
@@ -58,27 +71,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes_come_back_and_lie_where_the_drawing_says() {
-        for bits in 1..=7u32 {
+    fn codes_come_back_and_fill_their_unit() {
+        for bits in 0..=MAX_BITS {
             let code = |c: usize, t: usize| ((c * 64 + t).wrapping_mul(0x9E37_79B1) >> 7) as u8 & ((1 << bits) - 1);
-            let mut unit = vec![0u32; unit_words(bits)];
-            for (c, t) in (0..4).flat_map(|c| (0..64).map(move |t| (c, t))) {
+            let mut unit = vec![0u8; unit_bytes(bits)];
+            let places = || (0..4).flat_map(|c| (0..64).map(move |t| (c, t)));
+            for (c, t) in places() {
+                set_code(&mut unit, bits, c, t, (1 << bits) - 1);
+            }
+            assert!(unit.iter().all(|b| *b == 0xff), "{bits} bits: every bit is used once");
+            for (c, t) in places() {
                 set_code(&mut unit, bits, c, t, code(c, t));
             }
-            for (c, t) in (0..4).flat_map(|c| (0..64).map(move |t| (c, t))) {
-                assert_eq!(get_code(&unit, bits, c, t), code(c, t));
-                // Bit by bit from the lane's stream.
-                let first = (c * 8 + t / 8) * bits as usize;
-                let read = (0..bits as usize).fold(0, |x, i| {
-                    let bit = first + i;
-                    x | (unit[bit / 32 * LANES + t % 8] >> (bit % 32) & 1) << i
-                });
-                assert_eq!(read as u8, code(c, t), "bits {bits} channel {c} token {t}");
+            for (c, t) in places() {
+                assert_eq!(get_code(&unit, bits, c, t), code(c, t), "{bits} bits, channel {c}, token {t}");
             }
-            clear_code(&mut unit, bits, 2, 37);
-            assert_eq!(get_code(&unit, bits, 2, 37), 0);
-            assert_eq!(get_code(&unit, bits, 2, 29), code(2, 29));
-            assert_eq!(get_code(&unit, bits, 2, 45), code(2, 45));
         }
+    }
+
+    #[test]
+    fn codes_lie_where_the_drawing_says() {
+        let mut unit = [0u8; 128];
+        set_code(&mut unit, 4, 2, 33, 0xb);
+        assert_eq!(unit[2 * 32 + 1], 0xb0);
+        let mut unit = [0u8; 96];
+        set_code(&mut unit, 3, 3, 40, 0b101);
+        assert_eq!([unit[8], unit[32 + 8], unit[64 + 8]], [0x80, 0, 0x80]);
+        let mut unit = [0u8; 64];
+        set_code(&mut unit, 2, 3, 5, 0b10);
+        assert_eq!(unit[32 + 5], 0b10 << 4);
+        let mut unit = [0u8; 192];
+        set_code(&mut unit, 6, 1, 0, 0b11_0110);
+        assert_eq!([unit[32], unit[128]], [0b0110, 0b11 << 4]);
     }
 }

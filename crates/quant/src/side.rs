@@ -4,6 +4,7 @@ use half::f16;
 
 use crate::codebook::{normal_float, symmetric, uniform};
 use crate::file::{LayerFit, SideFit};
+use crate::lut::Lut;
 use crate::spec::{CodebookKind, CodedSpec, Scope};
 
 /// Keys or values.
@@ -13,21 +14,6 @@ pub enum Side {
     Key,
     /// Values.
     Value,
-}
-
-/// What a code decodes to.
-///
-/// Per channel: `[C][2^bits]` with scale and zero point inside, `x = table[c][code]`.
-/// Otherwise `[2^bits]`, and `x = scale * table[code] + zero` with the token's fp16 scale and zero point; product and
-/// sum are rounded one by one.
-#[derive(Debug, Clone)]
-pub struct Lut {
-    /// Which of the two.
-    pub per_channel: bool,
-    /// Bits of a code.
-    pub bits: u32,
-    /// The signposts.
-    pub table: Vec<f32>,
 }
 
 /// An entry kept apart: its exact value is the dense value plus the residual.
@@ -183,21 +169,25 @@ impl SideQuantizer {
                 let units: Vec<(f32, f32)> =
                     fit.lower.iter().zip(&fit.upper).map(|(l, u)| ((u + l) / 2.0, (u - l) / 2.0)).collect();
                 let bounds = middles.iter().map(|m| units.iter().map(|(z, s)| z + s * m).collect()).collect();
-                let table = units.iter().flat_map(|(z, s)| decode.iter().map(move |q| z + s * q)).collect();
+                let table: Vec<Vec<f32>> =
+                    units.iter().map(|(z, s)| decode.iter().map(|q| z + s * q).collect()).collect();
                 let keep_outliers = spec.outliers > 0;
                 (Ranges::Channel { lower: fit.lower.clone(), upper: fit.upper.clone(), bounds, keep_outliers }, table)
             }
             Scope::Token => {
                 // Paper, section 3.4: floor(share / 2 * C) + 1 on each side.
                 let extremes = if spec.outliers == 0 { 0 } else { spec.outliers as usize * channels / 20_000 + 1 };
-                (Ranges::Token { group: channels, extremes: extremes.min(channels / 2), zero_point: true }, decode)
+                (
+                    Ranges::Token { group: channels, extremes: extremes.min(channels / 2), zero_point: true },
+                    vec![decode],
+                )
             }
             Scope::Group(group) if group == 0 || !channels.is_multiple_of(group) => {
                 return Err(QuantError::Group { group, channels });
             }
-            Scope::Group(group) => (Ranges::Token { group, extremes: 0, zero_point: spec.zero_point }, decode),
+            Scope::Group(group) => (Ranges::Token { group, extremes: 0, zero_point: spec.zero_point }, vec![decode]),
         };
-        let lut = Lut { per_channel: scope == Scope::Channel, bits: spec.bits, table };
+        let lut = Lut::uniform(&table, scope == Scope::Channel, channels, spec.bits);
         Ok(SideQuantizer { channels, encode, middles, lut, ranges })
     }
 
@@ -254,7 +244,7 @@ impl SideQuantizer {
                 if *keep_outliers {
                     for (c, ((&v, &l), &u)) in x.iter().zip(lower).zip(upper).enumerate() {
                         if v < l || v > u {
-                            self.keep(c, v, self.lut.table[(c << self.lut.bits) + out.codes[c] as usize], out)?;
+                            self.keep(c, v, self.lut.dense(c, out.codes[c]), out)?;
                         }
                     }
                 }
@@ -309,7 +299,7 @@ impl SideQuantizer {
             }
         }
         for &i in &kept_apart {
-            let dense = s * self.lut.table[out.codes[first + i] as usize] + z;
+            let dense = s * self.lut.dense(first + i, out.codes[first + i]) + z;
             self.keep(first + i, x[i], dense, out)?;
         }
         Ok(())
@@ -326,14 +316,13 @@ impl SideQuantizer {
 
     /// What a packed block must decode to, bit for bit: the scalar twin of the kernels' decoding.
     pub fn dequantize(&self, codes: &TokenCodes, out: &mut [f32]) {
-        let n = 1usize << self.lut.bits;
         let group = self.group_channels();
         for (c, (x, &code)) in out.iter_mut().zip(&codes.codes).enumerate() {
             *x = if self.lut.per_channel {
-                self.lut.table[c * n + code as usize]
+                self.lut.dense(c, code)
             } else {
                 let zero = codes.zero.get(c / group).map_or(0.0, |z| z.to_f32());
-                codes.scale[c / group].to_f32() * self.lut.table[code as usize] + zero
+                codes.scale[c / group].to_f32() * self.lut.dense(c, code) + zero
             };
         }
         for o in &codes.outliers {
@@ -418,7 +407,7 @@ mod tests {
                             prop_assert!((back[c] - x[c]).abs() <= 2e-3 * x[c].abs().max(1.0), "{} {} {}", s, back[c], x[c]);
                             continue;
                         }
-                        let values: Vec<f32> = (0..1usize << q.lut.bits).map(|code| {
+                        let values: Vec<f32> = (0..1usize << q.lut.widths[0]).map(|code| {
                             let mut other = codes.clone();
                             other.codes[c] = code as u8;
                             let mut all = vec![0.0; 16];

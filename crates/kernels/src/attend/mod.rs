@@ -5,8 +5,8 @@
 //! blocks, threads or machines merge in any order.
 //!
 //! Two shapes of the same mathematics:
-//! - few rows (decode): each unit of 4 channels is dequantized into 1 KB of stack, rotated in registers and used
-//!   for all rows at once; a value's per-token scale is folded into the probabilities;
+//! - few rows (decode): codes become 16-bit signposts, which are rotated and multiplied as integers, for all rows at
+//!   once; a value's per-token scale is folded into the probabilities;
 //! - many rows (prefill): the block is dequantized once into a tile `[head_dim, 64]`, rotated, and multiplied
 //!   as a matrix.
 
@@ -17,10 +17,12 @@ mod view;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 pub use rows::Rows;
 pub use state::State;
-pub use view::{BlockView, CodedView, SideView, ViewError};
+pub use view::{BlockView, CodedView, HeadLut, Outliers, SideView, TokenScales, ViewError};
 
 use crate::dispatch::{self, DispatchError, Isa};
 use crate::rope::BlockTable;
@@ -37,6 +39,8 @@ enum Backend {
     Scalar,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
 }
 
 impl Kernels {
@@ -46,7 +50,9 @@ impl Kernels {
     /// The override is unknown or this CPU lacks it.
     pub fn detect() -> Result<Self, DispatchError> {
         Ok(match dispatch::isa()? {
-            // The attention kernels have no 512-bit form; such a CPU runs the 256-bit one.
+            // The 512-bit form needs VNNI; the first CPUs with AVX-512 lack it and run the 256-bit one.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if is_x86_feature_detected!("avx512vnni") => Kernels(Backend::Avx512),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 | Isa::Avx512 => Kernels(Backend::Avx2),
             _ => Kernels(Backend::Scalar),
@@ -57,18 +63,23 @@ impl Kernels {
     pub fn available() -> Vec<Self> {
         let mut all = vec![Kernels(Backend::Scalar)];
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+        if Isa::Avx2.is_available() {
             all.push(Kernels(Backend::Avx2));
+            if Isa::Avx512.is_available() && is_x86_feature_detected!("avx512vnni") {
+                all.push(Kernels(Backend::Avx512));
+            }
         }
         all
     }
 
-    /// `scalar` or `avx2`.
+    /// `scalar`, `avx2` or `avx512`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Backend::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Backend::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx512 => "avx512",
         }
     }
 
@@ -79,8 +90,8 @@ impl Kernels {
         match self.0 {
             Backend::Scalar => scalar::dequant(side, len, tile),
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: a Kernels value with this backend exists only where AVX2, FMA and F16C were detected.
-            Backend::Avx2 => unsafe { avx2::dequant(side, len, tile) },
+            // SAFETY: Kernels values with these backends exist only where AVX2, FMA and F16C were detected.
+            Backend::Avx2 | Backend::Avx512 => unsafe { avx2::dequant(side, len, tile) },
         }
     }
 
@@ -93,7 +104,10 @@ impl Kernels {
             Backend::Scalar => scalar::attend(rows, block, table, state),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a Kernels value with this backend exists only where AVX2, FMA and F16C were detected.
-            Backend::Avx2 => unsafe { avx2::attend(rows, block, table, state) },
+            Backend::Avx2 => unsafe { avx2::attend::<false>(rows, block, table, state) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a Kernels value with this backend exists only where all that it names was detected.
+            Backend::Avx512 => unsafe { avx2::attend::<true>(rows, block, table, state) },
         }
     }
 }

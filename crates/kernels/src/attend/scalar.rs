@@ -32,30 +32,31 @@ pub(super) fn dequant(side: &SideView<'_>, len: usize, tile: &mut [f32]) {
     }
 }
 
-/// x = lut[channel][code], or x = scale[token] * lut[code] + zero[token]; plus the outlier's residual.
+/// x = step[place] * signpost[place][code], then scale[token] * x + zero[token] where tokens have scales; plus the
+/// outlier's residual. Each operation is rounded to f32.
 fn dequant_coded(v: &CodedView<'_>, len: usize, tile: &mut [f32]) {
-    let mut first = 0;
-    for u in 0..v.head_dim / UNIT_CHANNELS {
+    for (u, (bits, unit)) in v.units().enumerate() {
         for i in 0..UNIT_CHANNELS {
-            let c = u * UNIT_CHANNELS + i;
+            let place = u * UNIT_CHANNELS + i;
+            let (table, step) = v.table(place);
+            let c = v.channel(place);
             for t in 0..len {
-                let signpost = v.lut(c)[get_code(v.unit(u), v.bits, i, t) as usize];
-                tile[c * TOKENS + t] = if v.per_channel {
-                    signpost
-                } else {
-                    let at = c / v.group_channels * TOKENS + t;
-                    let zero = if v.zero.is_empty() { 0.0 } else { half(v.zero[at]) };
-                    half(v.scale[at]) * signpost + zero
+                let x = step * table.value(get_code(unit, bits, i, t)) as f32;
+                tile[c * TOKENS + t] = match &v.scales {
+                    None => x,
+                    Some(s) => {
+                        let at = c / s.group_channels * TOKENS + t;
+                        let zero = if s.zero.is_empty() { 0.0 } else { half(s.zero[at]) };
+                        half(s.scale[at]) * x + zero
+                    }
                 };
             }
         }
-        let count = v.counts[u] as usize;
-        for (place, residual) in v.outliers(first, first + count) {
-            if place % TOKENS < len {
-                tile[u * UNIT_CHANNELS * TOKENS + place] += residual;
-            }
+    }
+    for (channel, token, residual) in v.each_outlier() {
+        if token < len {
+            tile[channel * TOKENS + token] += half(residual);
         }
-        first += count;
     }
 }
 

@@ -1,8 +1,10 @@
 //! Borrowed views of one KV head's part of a block. They bind codes, tables and lengths, so that a safe call
 //! cannot mismatch them: every constructor checks all sizes once, and the kernels rely on it.
 
-use half::f16;
-use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, unit_words};
+use std::ops::Range;
+
+use kvquant_quant::Table;
+use kvquant_quant::pack::{BLOCK_TOKENS, MAX_BITS, UNIT_CHANNELS, VECTOR, unit_bytes};
 
 use crate::rope::Rotation;
 
@@ -26,92 +28,177 @@ fn expect(part: &'static str, expected: usize, got: usize) -> Result<(), ViewErr
     if expected == got { Ok(()) } else { Err(ViewError { part, expected, got }) }
 }
 
+/// How one head's side decodes; a part of [`kvquant_quant::Lut`].
+#[derive(Debug, Clone, Copy)]
+pub struct HeadLut<'a> {
+    /// Bits of the codes of each unit `[head_dim / 4]`.
+    pub widths: &'a [u8],
+    /// By place `[head_dim]`; one for all where tokens have scales.
+    pub tables: &'a [Table],
+    /// Likewise.
+    pub steps: &'a [f32],
+    /// The channel that each place holds `[head_dim]`; empty where they are the same.
+    pub order: &'a [u16],
+}
+
+/// Scales of the tokens of a block. A dense value is `scale * lut + zero`.
+#[derive(Debug, Clone, Copy)]
+pub struct TokenScales<'a> {
+    /// fp16 bits `[groups, 64]`
+    pub scale: &'a [u16],
+    /// fp16 bits `[groups, 64]`; empty where scales have no zero point.
+    pub zero: &'a [u16],
+    /// Channels of this head that share a scale (`head_dim` when the whole token does).
+    pub group_channels: usize,
+}
+
+/// Values kept apart, unit by unit.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Outliers<'a> {
+    /// How many each unit has `[head_dim / 4]`.
+    pub counts: &'a [u8],
+    /// `place_in_unit * 64 + token`
+    pub places: &'a [u8],
+    /// fp16, low byte first, added to the dense value.
+    pub residuals: &'a [[u8; 2]],
+}
+
 /// Packed codes of one head and side of a block.
 ///
 /// ```text
-/// codes     [head_dim / 4 units][bits words][8 lanes] u32   (layout of a unit: kvquant_quant::pack)
-/// lut       [head_dim][2^bits] f32 (static, scale and zero inside)  or  [2^bits] (then scale and zero by token)
-/// scale     [groups][64] fp16 bits, empty when static;  zero likewise, empty when scales have no zero point
-/// counts    [head_dim / 4] u8: outliers of each unit, then, unit after unit:
-/// outliers  [u8; 3]: channel_in_unit * 64 + token, then the fp16 residual, low byte first, added to the dense value
+/// codes     unit after unit of 4 places x 64 tokens, widths[unit] * 32 bytes each  (kvquant_quant::pack)
+/// value     steps[place] * tables[place].value(code)                               (kvquant_quant::lut)
+///           then, where the side has them, * scale[group][token] + zero[group][token]
+///           then + residual, where the entry is an outlier
 /// ```
 #[derive(Debug, Clone, Copy)]
 pub struct CodedView<'a> {
-    pub(super) bits: u32,
     pub(super) head_dim: usize,
-    pub(super) codes: &'a [u32],
-    pub(super) lut: &'a [f32],
-    pub(super) per_channel: bool,
-    pub(super) scale: &'a [u16],
-    pub(super) zero: &'a [u16],
-    pub(super) group_channels: usize,
-    pub(super) counts: &'a [u8],
-    pub(super) outliers: &'a [[u8; 3]],
+    pub(super) codes: &'a [u8],
+    pub(super) lut: HeadLut<'a>,
+    pub(super) scales: Option<TokenScales<'a>>,
+    pub(super) outliers: Outliers<'a>,
+}
+
+/// Units of one width, one after another.
+pub(super) struct Run<'a> {
+    pub bits: u32,
+    pub units: Range<usize>,
+    /// `[units][bits]`
+    pub vectors: &'a [[u8; VECTOR]],
 }
 
 impl<'a> CodedView<'a> {
-    /// Binds the parts. `group_channels` is how many channels of this head share a per-token scale
-    /// (`head_dim` when the whole token does).
+    /// Binds the parts.
     ///
     /// # Errors
-    /// A part's size does not follow from `bits`, `head_dim` and the outlier counts.
+    /// A part's size does not follow from the widths, `head_dim` and the outlier counts.
     pub fn new(
-        bits: u32,
         head_dim: usize,
-        codes: &'a [u32],
-        lut: &'a [f32],
-        per_channel: bool,
-        scale: &'a [u16],
-        zero: &'a [u16],
-        group_channels: usize,
-        counts: &'a [u8],
-        outliers: &'a [[u8; 3]],
+        codes: &'a [u8],
+        lut: HeadLut<'a>,
+        scales: Option<TokenScales<'a>>,
+        outliers: Outliers<'a>,
     ) -> Result<Self, ViewError> {
-        if !(2..=4).contains(&bits) {
-            return Err(ViewError { part: "bits (2, 3 or 4)", expected: 3, got: bits as usize });
-        }
         let units = head_dim / UNIT_CHANNELS;
         expect("head_dim (a multiple of 4)", units * UNIT_CHANNELS, head_dim)?;
-        expect("codes", units * unit_words(bits), codes.len())?;
-        let signposts = 1usize << bits;
-        expect("lut", if per_channel { head_dim * signposts } else { signposts }, lut.len())?;
-        if per_channel {
-            expect("scale", 0, scale.len())?;
-            expect("zero", 0, zero.len())?;
-        } else {
-            if group_channels == 0
-                || !group_channels.is_multiple_of(UNIT_CHANNELS)
-                || !head_dim.is_multiple_of(group_channels)
-            {
-                return Err(ViewError { part: "channels of a scale group", expected: head_dim, got: group_channels });
-            }
-            expect("scale", head_dim / group_channels * TOKENS, scale.len())?;
-            if !zero.is_empty() {
-                expect("zero", scale.len(), zero.len())?;
+        expect("widths", units, lut.widths.len())?;
+        if let Some(&b) = lut.widths.iter().find(|&&b| b as u32 > MAX_BITS) {
+            return Err(ViewError { part: "bits (0 to 7)", expected: MAX_BITS as usize, got: b as usize });
+        }
+        expect("codes", lut.widths.iter().map(|&b| unit_bytes(b as u32)).sum(), codes.len())?;
+        expect("tables", if scales.is_some() { 1 } else { head_dim }, lut.tables.len())?;
+        expect("steps", lut.tables.len(), lut.steps.len())?;
+        if !lut.order.is_empty() {
+            expect("order", head_dim, lut.order.len())?;
+            if lut.order.iter().any(|&c| c as usize >= head_dim) {
+                return Err(ViewError { part: "order (channels of the head)", expected: head_dim, got: head_dim + 1 });
             }
         }
-        expect("outlier counts", units, counts.len())?;
-        expect("outliers", counts.iter().map(|&c| c as usize).sum(), outliers.len())?;
-        Ok(CodedView { bits, head_dim, codes, lut, per_channel, scale, zero, group_channels, counts, outliers })
+        if let Some(s) = scales {
+            let group = s.group_channels;
+            if group == 0 || !group.is_multiple_of(UNIT_CHANNELS) || !head_dim.is_multiple_of(group) {
+                return Err(ViewError { part: "channels of a scale group", expected: head_dim, got: group });
+            }
+            if !lut.order.is_empty() && group != head_dim {
+                return Err(ViewError { part: "scale group of reordered channels", expected: head_dim, got: group });
+            }
+            expect("scale", head_dim / group * TOKENS, s.scale.len())?;
+            if !s.zero.is_empty() {
+                expect("zero", s.scale.len(), s.zero.len())?;
+            }
+        }
+        expect("outlier counts", units, outliers.counts.len())?;
+        expect("outliers", outliers.counts.iter().map(|&c| c as usize).sum(), outliers.places.len())?;
+        expect("residuals", outliers.places.len(), outliers.residuals.len())?;
+        Ok(CodedView { head_dim, codes, lut, scales, outliers })
     }
 
-    /// Codes of a unit.
-    pub(super) fn unit(&self, unit: usize) -> &'a [u32] {
-        let words = unit_words(self.bits);
-        &self.codes[unit * words..(unit + 1) * words]
+    /// Each unit's width and codes.
+    #[inline(always)]
+    pub(super) fn units(&self) -> impl Iterator<Item = (u32, &'a [u8])> {
+        let (mut rest, widths) = (self.codes, self.lut.widths);
+        widths.iter().map(move |&b| {
+            let (unit, next) = rest.split_at(unit_bytes(b as u32));
+            rest = next;
+            (b as u32, unit)
+        })
     }
 
-    /// Places (below 256, by their type) and residuals of the outliers `first .. end`.
-    pub(super) fn outliers(&self, first: usize, end: usize) -> impl Iterator<Item = (usize, f32)> {
-        self.outliers[first..end]
-            .iter()
-            .map(|&[place, low, high]| (place as usize, f16::from_le_bytes([low, high]).to_f32()))
+    /// Runs of units of one width.
+    #[inline(always)]
+    pub(super) fn runs(&self) -> impl Iterator<Item = Run<'a>> {
+        let (mut rest, mut first) = (self.codes, 0);
+        self.lut.widths.chunk_by(|a, b| a == b).map(move |run| {
+            let bits = run[0] as u32;
+            let (codes, next) = rest.split_at(unit_bytes(bits) * run.len());
+            let units = first..first + run.len();
+            (rest, first) = (next, units.end);
+            Run { bits, units, vectors: codes.as_chunks::<VECTOR>().0 }
+        })
     }
 
-    /// The table of a channel of this head.
-    pub(super) fn lut(&self, channel: usize) -> &'a [f32] {
-        let n = 1usize << self.bits;
-        if self.per_channel { &self.lut[channel * n..(channel + 1) * n] } else { self.lut }
+    /// Outliers of each unit that has some: the unit, places in it, residuals as fp16 bits.
+    #[inline(always)]
+    pub(super) fn outliers_by_unit(&self) -> impl Iterator<Item = (usize, &'a [u8], &'a [[u8; 2]])> {
+        let (mut places, mut residuals) = (self.outliers.places, self.outliers.residuals);
+        self.outliers.counts.iter().enumerate().filter(|(_, n)| **n > 0).map(move |(u, &n)| {
+            let (p, next_places) = places.split_at(n as usize);
+            let (r, next_residuals) = residuals.split_at(n as usize);
+            (places, residuals) = (next_places, next_residuals);
+            (u, p, r)
+        })
+    }
+
+    /// Channels that share a per-token scale, or a part of the work: all of the head where scales are static.
+    pub(super) fn group_channels(&self) -> usize {
+        self.scales.map_or(self.head_dim, |s| s.group_channels)
+    }
+
+    /// The table and step of a place.
+    #[inline(always)]
+    pub(super) fn table(&self, place: usize) -> (&'a Table, f32) {
+        let i = if self.lut.tables.len() == 1 { 0 } else { place };
+        (&self.lut.tables[i], self.lut.steps[i])
+    }
+
+    /// The channel at a place.
+    #[inline(always)]
+    pub(super) fn channel(&self, place: usize) -> usize {
+        self.lut.order.get(place).map_or(place, |&c| c as usize)
+    }
+
+    /// Channel, token and residual (fp16 bits) of every outlier.
+    #[inline(always)]
+    pub(super) fn each_outlier(&self) -> impl Iterator<Item = (usize, usize, u16)> {
+        let o = self.outliers;
+        let units = o.counts.iter().enumerate().flat_map(|(u, &n)| std::iter::repeat_n(u * UNIT_CHANNELS, n as usize));
+        let lut = self.lut;
+        units.zip(o.places).zip(o.residuals).map(move |((first, &p), &bits)| {
+            let place = first + p as usize / TOKENS;
+            let channel = lut.order.get(place).map_or(place, |&c| c as usize);
+            (channel, p as usize % TOKENS, u16::from_le_bytes(bits))
+        })
     }
 }
 

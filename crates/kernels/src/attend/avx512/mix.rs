@@ -1,0 +1,80 @@
+//! Outputs from coded values: see AVX2's file of this name, which also does what is left in f32.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use kvquant_quant::pack::UNIT_CHANNELS;
+
+use super::super::avx2::decode::Row;
+use super::super::avx2::mix::{Integers, ROWS, add_unit, prepared, rest};
+use super::super::avx2::unpack::{by_width, units};
+use super::super::view::{CodedView, Run};
+use super::unpack;
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(in super::super) fn coded(v: &CodedView<'_>, weights: &[Row], d: usize, out: &mut [f32]) {
+    for (weights, out) in weights.chunks(ROWS).zip(out.chunks_mut(ROWS * d)) {
+        match weights.len() {
+            1 => rows::<1>(v, weights, d, out),
+            2 => rows::<2>(v, weights, d, out),
+            3 => rows::<3>(v, weights, d, out),
+            _ => rows::<4>(v, weights, d, out),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn rows<const R: usize>(v: &CodedView<'_>, weights: &[Row], d: usize, out: &mut [f32]) {
+    let weights: &[Row; R] = weights.first_chunk().expect("called with R rows");
+    let group_units = v.group_channels() / UNIT_CHANNELS;
+    for g in 0..d / UNIT_CHANNELS / group_units {
+        let ints = prepared::<R>(v, weights, g, d, out);
+        for run in v.runs() {
+            let range = run.units.start.max(g * group_units)..run.units.end.min((g + 1) * group_units);
+            by_width!(run, by_units::<_, R>(v, &run, range, &ints, d, out));
+        }
+    }
+    rest(v, weights, d, out);
+}
+
+/// A row's weights with all lanes of a half together.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn wide(ints: &Integers) -> [__m512i; 2] {
+    let w = &ints.weights;
+    [0, 1].map(|part| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(w[0][part]), w[1][part]))
+}
+
+/// out[r] += the sum of weights times signposts, for some units of a run.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn by_units<const B: u32, const R: usize>(
+    v: &CodedView<'_>,
+    run: &Run<'_>,
+    range: Range<usize>,
+    ints: &[Integers; R],
+    d: usize,
+    out: &mut [f32],
+) {
+    let mut w = [[_mm512_setzero_si512(); 2]; R];
+    for r in 0..R {
+        w[r] = wide(&ints[r]);
+    }
+    let skip = range.start.saturating_sub(run.units.start);
+    for (u, unit) in units::<B>(run).skip(skip).take(range.len()) {
+        let place = u * UNIT_CHANNELS;
+        let [low, high] = unpack::codes::<B>(unit);
+        let mut sums = [[_mm256_setzero_si256(); UNIT_CHANNELS]; R];
+        for i in 0..UNIT_CHANNELS {
+            let [a, b] = unpack::look_up::<B>(v.table(place + i).0, low[i], high[i]);
+            for r in 0..R {
+                let x = _mm512_dpwssd_epi32(_mm512_setzero_si512(), a, w[r][0]);
+                let x = _mm512_dpwssd_epi32(x, b, w[r][1]);
+                sums[r][i] = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x));
+            }
+        }
+        for r in 0..R {
+            add_unit(v, place, sums[r], ints[r].unit, &mut out[r * d..(r + 1) * d]);
+        }
+    }
+}
