@@ -2,12 +2,13 @@
 
 use std::ops::Range;
 
-use kvquant_kernels::attend::{BlockView, Kernels, Rows as QueryRows, State, ViewError};
+use kvquant_kernels::attend::{BlockView, Kernels, Rows as QueryRows, SideView, State, ViewError};
 use kvquant_kernels::rope::{BlockTable, Rope, Rotation};
 use kvquant_quant::pack::BLOCK_TOKENS;
 use rayon::prelude::*;
 
 use crate::block::Rows;
+use crate::edge::{Edge, fold};
 use crate::error::CacheError;
 use crate::layer::Layer;
 use crate::sequence::CacheShape;
@@ -82,7 +83,7 @@ pub(crate) struct History<'a> {
     pub table: &'a BlockTable,
     /// Rotation of position 0; `None` where keys are kept turned.
     pub start: Option<&'a Rotation>,
-    /// Rotations of the blocks' first positions; `None` where keys are kept turned.
+    /// Rotations of the first positions of the layer's blocks; `None` where keys are kept turned.
     pub origins: Option<&'a [Rotation]>,
     pub sinks: usize,
 }
@@ -95,35 +96,88 @@ struct Task {
     parts: Range<usize>,
 }
 
+/// Query rows of a KV head: those of the call's tokens `tokens`, the first at `position`, from row `row` of a state on.
+#[derive(Debug, Clone)]
+struct Asking {
+    head: usize,
+    tokens: Range<usize>,
+    position: usize,
+    row: usize,
+}
+
+/// A block's sides, the position of its first token, its length and the rotation of that position.
+#[derive(Debug, Clone, Copy)]
+struct Place<'a> {
+    sides: (SideView<'a>, SideView<'a>),
+    first: usize,
+    len: usize,
+    origin: Option<&'a Rotation>,
+}
+
 impl History<'_> {
     /// Attends with a task's rows, the first at `position`, to its parts.
     fn attend(&self, queries: &Queries, task: &Task, position: usize, state: &mut State) -> Result<(), ViewError> {
-        let d = self.shape.head_dim;
-        let rows = |visible: usize| QueryRows {
-            q: queries.of(task.head, task.tokens.clone()),
-            group: queries.group,
-            head_dim: d,
-            first_visible: visible.min(BLOCK_TOKENS),
-        };
         let cx = self.layer.context();
+        let asking = Asking { head: task.head, tokens: task.tokens.clone(), position, row: 0 };
         for part in task.parts.clone() {
-            if part == 0 {
+            let place = if part == 0 {
                 let sink = self.layer.sink();
-                let len = sink.len(cx.channels);
-                if len > 0 {
-                    let (k, v) = sink.views(cx.channels, d, task.head);
-                    let block = BlockView::new(k, v, len, self.start)?;
-                    self.kernels.attend(&rows(position + 1), &block, self.table, state);
-                }
-                continue;
+                let sides = sink.views(cx.channels, cx.head_dim, task.head);
+                Place { sides, first: 0, len: sink.len(cx.channels), origin: self.start }
+            } else {
+                let b = part - 1;
+                let block = &self.layer.blocks()[b];
+                let first = self.sinks + (self.layer.dropped() + b) * BLOCK_TOKENS;
+                let sides = block.views(&cx, task.head)?;
+                Place { sides, first, len: block.len(cx.channels), origin: self.origins.map(|o| &o[b]) }
+            };
+            self.fold(queries, &asking, place, state)?;
+        }
+        Ok(())
+    }
+
+    /// Attends with some rows to one block, none of which begins after the first row's position.
+    fn fold(&self, queries: &Queries, asking: &Asking, place: Place<'_>, state: &mut State) -> Result<(), ViewError> {
+        let Place { sides: (key, value), first, len, origin } = place;
+        let Asking { head, ref tokens, position, row } = *asking;
+        if len == 0 {
+            return Ok(());
+        }
+        // The first tokens see all of the block up to themselves, those up to `some` its end, the others nothing.
+        let n = tokens.len();
+        let (all, some) = match self.layer.window() {
+            None => (n, n),
+            Some(w) => (
+                (first.saturating_add(w)).saturating_sub(position).min(n),
+                (first + len - 1).saturating_add(w).saturating_sub(position).min(n),
+            ),
+        };
+        if all > 0 {
+            let rows = QueryRows {
+                q: queries.of(head, tokens.start..tokens.start + all),
+                group: queries.group,
+                head_dim: queries.head_dim,
+                first_visible: (position + 1 - first.min(position + 1)).min(BLOCK_TOKENS),
+            };
+            let view = BlockView::new(key, value, len, origin)?;
+            if row == 0 && rows.len() == state.rows() {
+                self.kernels.attend(&rows, &view, self.table, state);
+            } else {
+                let mut part = State::empty(rows.len(), queries.head_dim);
+                self.kernels.attend(&rows, &view, self.table, &mut part);
+                fold(state, row, part);
             }
-            let b = part - 1;
-            let first = self.sinks + b * BLOCK_TOKENS;
-            let block = &self.layer.blocks()[b];
-            let (k, v) = block.views(&cx, task.head)?;
-            let view = BlockView::new(k, v, block.len(cx.channels), self.origins.map(|o| &o[b]))?;
-            // A run never starts before an open block does, so the first row sees at least one of its tokens.
-            self.kernels.attend(&rows((position + 1).saturating_sub(first)), &view, self.table, state);
+        }
+        if let Some(window) = self.layer.window()
+            && all < some
+        {
+            let edge = Edge { key, value, len, origin, table: self.table };
+            let q = queries.of(head, tokens.start + all..tokens.start + some);
+            let part = edge.attend(self.kernels, q, |r| {
+                let seen = position + all + r / queries.group + 1;
+                seen.saturating_sub(window + first)..(seen - first).min(len)
+            });
+            fold(state, row + all * queries.group, part);
         }
         Ok(())
     }
@@ -224,25 +278,18 @@ pub(crate) fn exact(
             if first >= task.tokens.end {
                 break;
             }
-            let (k, v) = rows.views(cx.channels, cx.head_dim, task.head);
-            let view = BlockView::new(k, v, rows.len(cx.channels), history.origins.map(|_| &rotations[b]))?;
             // Rows before this block see none of it: leave them out, so that the count of visible tokens of
             // the first row is right.
             let from = first.max(task.tokens.start);
-            let query = QueryRows {
-                q: queries.of(task.head, from..task.tokens.end),
-                group: queries.group,
-                head_dim: cx.head_dim,
-                first_visible: (from + 1 - first).min(BLOCK_TOKENS),
+            let row = (from - task.tokens.start) * queries.group;
+            let asking = Asking { head: task.head, tokens: from..task.tokens.end, position: position + from, row };
+            let place = Place {
+                sides: rows.views(cx.channels, cx.head_dim, task.head),
+                first: position + first,
+                len: rows.len(cx.channels),
+                origin: history.origins.map(|_| &rotations[b]),
             };
-            let skipped = (from - task.tokens.start) * queries.group;
-            if skipped == 0 {
-                history.kernels.attend(&query, &view, history.table, state);
-            } else {
-                let mut part = State::empty(state.rows() - skipped, cx.head_dim);
-                history.kernels.attend(&query, &view, history.table, &mut part);
-                state.merge_from(skipped, &part);
-            }
+            history.fold(queries, &asking, place, state)?;
         }
         Ok(())
     })

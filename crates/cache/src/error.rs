@@ -70,6 +70,18 @@ pub enum CacheError {
         /// Tokens it holds.
         got: usize,
     },
+    /// A layer with a window has let go of tokens that a shorter history would need.
+    #[error(
+        "the cache cannot be cut to {len} tokens: layer {layer} sees a window and holds positions from {first} on; clear the cache and run the text again"
+    )]
+    Window {
+        /// Layer from 0.
+        layer: usize,
+        /// Tokens that were to be kept.
+        len: usize,
+        /// The first position that the layer holds.
+        first: usize,
+    },
     /// A block's parts do not fit each other.
     #[error(transparent)]
     View(#[from] ViewError),

@@ -24,7 +24,11 @@ pub(crate) struct Layer {
     head_dim: usize,
     sinks: usize,
     recent: usize,
+    /// Tokens that a query sees, itself included; `None` for all.
+    window: Option<usize>,
     sink: Rows,
+    /// Blocks that were let go at the front.
+    dropped: usize,
     blocks: Vec<Block>,
     len: usize,
     key_codes: TokenCodes,
@@ -32,14 +36,23 @@ pub(crate) struct Layer {
 }
 
 impl Layer {
-    pub fn new(codec: Option<Codec>, channels: usize, head_dim: usize, sinks: usize, recent: usize) -> Self {
+    pub fn new(
+        codec: Option<Codec>,
+        channels: usize,
+        head_dim: usize,
+        sinks: usize,
+        recent: usize,
+        window: Option<usize>,
+    ) -> Self {
         Layer {
             codec,
             channels,
             head_dim,
             sinks,
             recent,
+            window,
             sink: Rows::with_room(sinks, channels),
+            dropped: 0,
             blocks: Vec::new(),
             len: 0,
             key_codes: TokenCodes::default(),
@@ -55,8 +68,47 @@ impl Layer {
         &self.sink
     }
 
+    /// Those that are kept, the first of them after [`dropped`](Layer::dropped) others.
     pub fn blocks(&self) -> &[Block] {
         &self.blocks
+    }
+
+    pub fn window(&self) -> Option<usize> {
+        self.window
+    }
+
+    pub fn dropped(&self) -> usize {
+        self.dropped
+    }
+
+    /// The first position that is kept.
+    pub fn first(&self) -> usize {
+        match self.dropped {
+            0 if self.len > self.sinks && self.sink.len(self.channels) < self.sinks => self.sinks,
+            0 => 0,
+            n => self.sinks + n * BLOCK_TOKENS,
+        }
+    }
+
+    /// Whether all that a query at position `len` sees would be kept if the layer were cut to `len` tokens.
+    pub fn can_truncate(&self, len: usize) -> bool {
+        let hidden = self.window.map_or(0, |w| (len + 1).saturating_sub(w));
+        len == 0 || hidden >= self.first()
+    }
+
+    /// Lets go of whole blocks before the window. One block more is kept, so that the last tokens can be taken back.
+    pub fn trim(&mut self) {
+        let Some(hidden) = self.window.and_then(|w| (self.len + 1).checked_sub(w.saturating_add(BLOCK_TOKENS))) else {
+            return;
+        };
+        if hidden >= self.sinks {
+            self.sink = Rows::default();
+            let blocks = (hidden - self.sinks) / BLOCK_TOKENS;
+            if blocks > self.dropped {
+                self.blocks.drain(..blocks - self.dropped);
+                self.dropped = blocks;
+            }
+        }
     }
 
     pub fn context(&self) -> Context<'_> {
@@ -137,7 +189,7 @@ impl Layer {
         let (mut k, mut v) = (vec![0.0; self.channels], vec![0.0; self.channels]);
         // Sealed blocks are a prefix: look only behind the last of them.
         let from = self.blocks.iter().rposition(|b| matches!(b, Block::Coded(_))).map_or(0, |i| i + 1);
-        for block in self.blocks.iter_mut().take(left).skip(from) {
+        for block in self.blocks.iter_mut().take(left.saturating_sub(self.dropped)).skip(from) {
             let Block::Rows(rows) = block else { continue };
             let mut coded = CodedBlock::new(&codec.layout);
             for t in 0..rows.len(self.channels) {
@@ -155,9 +207,12 @@ impl Layer {
             return Ok(());
         }
         self.len = len;
+        if len == 0 {
+            (self.dropped, self.sink) = (0, Rows::with_room(self.sinks, self.channels));
+        }
         self.sink.truncate(len.min(self.sinks), self.channels);
         let kept = len.saturating_sub(self.sinks);
-        self.blocks.truncate(kept.div_ceil(BLOCK_TOKENS));
+        self.blocks.truncate(kept.div_ceil(BLOCK_TOKENS).saturating_sub(self.dropped));
         if !kept.is_multiple_of(BLOCK_TOKENS) {
             let cx = Context {
                 channels: self.channels,

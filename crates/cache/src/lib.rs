@@ -10,6 +10,9 @@
 //! outliers, so that an append never moves older data and a rollback is a truncation. What the cache holds
 //! depends on the tokens alone, not on how they were split into calls.
 //!
+//! A layer that attends to a window only lets whole blocks fall off its front once no query can see them (`trim`, at the
+//! end of a forward pass); its sinks go with them. `edge` attends to the block in which a window begins.
+//!
 //! `attend` is the way from the model to the kernels: it turns queries to their positions, splits the work over
 //! KV heads, query rows and runs of blocks, and merges the partial states.
 
@@ -17,10 +20,12 @@ mod attend;
 mod block;
 mod bytes;
 mod coded;
+mod edge;
 mod error;
 mod layer;
 mod sequence;
+mod turns;
 
 pub use bytes::Bytes;
 pub use error::CacheError;
-pub use sequence::{Cache, CacheShape, Prefill};
+pub use sequence::{Cache, CacheShape, LayerAttention, Prefill};

@@ -3,16 +3,17 @@
 use std::sync::Arc;
 
 use kvquant_kernels::attend::Kernels;
-use kvquant_kernels::rope::{BlockTable, Rope, Rotation};
+use kvquant_kernels::rope::Rope;
 use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS};
 use kvquant_quant::{KeyStage, Quantizer, Scope, Side, SideQuantizer, Spec};
 
-use crate::attend::{self, Angles, History};
+use crate::attend::{self, History};
 use crate::block::{Rows, TokenError};
 use crate::bytes::Bytes;
 use crate::coded::{Layout, Quantizers};
 use crate::error::CacheError;
 use crate::layer::{Codec, Layer};
+use crate::turns::Turns;
 
 /// The shape of a model's attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +35,15 @@ impl CacheShape {
     }
 }
 
+/// What a layer's queries see, and how positions turn them.
+#[derive(Debug, Clone)]
+pub struct LayerAttention {
+    /// Rotary positions. Layers that share them should share the `Arc`.
+    pub rope: Arc<Rope>,
+    /// Tokens that a query sees, itself included; `None` for all.
+    pub window: Option<usize>,
+}
+
 /// What the tokens of one call see of each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Prefill {
@@ -53,21 +63,19 @@ pub struct Cache {
     shape: CacheShape,
     spec: Spec,
     kernels: Kernels,
-    rope: Arc<Rope>,
-    table: BlockTable,
     pre_rope: bool,
     sinks: usize,
     layers: Vec<Layer>,
-    /// The rotation of the first position of each block, shared by all layers.
-    origins: Vec<Rotation>,
-    /// The rotation of position 0, where the sinks begin.
-    start: Rotation,
-    angles: Angles,
+    /// One entry for each rope.
+    turns: Vec<Turns>,
+    /// Which of them a layer uses.
+    turns_of: Vec<usize>,
     len: usize,
 }
 
 impl Cache {
-    /// An empty cache. `quantizer` is needed by specs with calibrated thresholds or codebooks.
+    /// An empty cache of layers that all see everything. `quantizer` is needed by specs with calibrated thresholds or
+    /// codebooks.
     ///
     /// # Errors
     /// The shape is not supported, the quantizer is missing, lacks a fit for the spec, or is of another model.
@@ -77,7 +85,33 @@ impl Cache {
         quantizer: Option<&Quantizer>,
         rope: Arc<Rope>,
     ) -> Result<Self, CacheError> {
-        check_shape(&shape, spec, &rope)?;
+        let layers = vec![LayerAttention { rope, window: None }; shape.layers];
+        Self::with_attention(shape, spec, quantizer, &layers)
+    }
+
+    /// An empty cache whose layers differ in what they see: `attention` has one entry a layer.
+    ///
+    /// # Errors
+    /// As [`Cache::new`]; a window of no tokens; another number of entries than layers.
+    pub fn with_attention(
+        shape: CacheShape,
+        spec: &Spec,
+        quantizer: Option<&Quantizer>,
+        attention: &[LayerAttention],
+    ) -> Result<Self, CacheError> {
+        if attention.len() != shape.layers {
+            let (expected, got) = (shape.layers, attention.len());
+            return Err(CacheError::Length { what: "attention of layers", expected, got });
+        }
+        let (mut turns, mut turns_of) = (Vec::<Turns>::new(), Vec::new());
+        for a in attention {
+            check_shape(&shape, spec, a)?;
+            let known = turns.iter().position(|t| Arc::ptr_eq(&t.rope, &a.rope) || t.rope == a.rope);
+            turns_of.push(known.unwrap_or(turns.len()));
+            if known.is_none() {
+                turns.push(Turns::new(a.rope.clone()));
+            }
+        }
         let channels = shape.channels();
         let fit = match quantizer {
             Some(q) if spec.needs_fit() => Some(q.fit(spec)?),
@@ -91,6 +125,7 @@ impl Cache {
         }
         let layers = (0..shape.layers)
             .map(|i| {
+                let window = attention[i].window;
                 let codec = match spec {
                     Spec::Fp16 => None,
                     Spec::Coded(coded) => {
@@ -104,21 +139,18 @@ impl Cache {
                         Some(Codec { quantizers, layout })
                     }
                 };
-                Ok(Layer::new(codec, channels, shape.head_dim, spec.sinks(), spec.recent()))
+                Ok(Layer::new(codec, channels, shape.head_dim, spec.sinks(), spec.recent(), window))
             })
             .collect::<Result<Vec<_>, CacheError>>()?;
         Ok(Cache {
             shape,
             spec: spec.clone(),
             kernels: Kernels::detect()?,
-            table: rope.block_table(),
-            start: rope.rotation(0),
             pre_rope: matches!(spec, Spec::Coded(c) if c.stage == KeyStage::PreRope),
             sinks: spec.sinks(),
             layers,
-            origins: Vec::new(),
-            angles: Angles::default(),
-            rope,
+            turns,
+            turns_of,
             len: 0,
         })
     }
@@ -177,19 +209,16 @@ impl Cache {
         if self.layers[layer].len() != start {
             return Err(CacheError::Uneven { layer, expected: start, got: self.layers[layer].len() });
         }
-        self.angles.cover(&self.rope, start, n);
-        let blocks = (start + n).saturating_sub(self.sinks).div_ceil(BLOCK_TOKENS);
-        for b in self.origins.len()..blocks {
-            self.origins.push(self.rope.rotation(self.sinks + b * BLOCK_TOKENS));
-        }
+        let turns = &mut self.turns[self.turns_of[layer]];
+        turns.cover(start, n, self.sinks);
         let turned;
         let k = if self.pre_rope {
             k
         } else {
-            turned = self.angles.turn(k, c, self.shape.head_dim);
+            turned = turns.angles.turn(k, c, self.shape.head_dim);
             &turned[..]
         };
-        let queries = self.angles.queries(q, self.shape.heads, self.shape.kv_heads, self.shape.head_dim);
+        let queries = turns.angles.queries(q, self.shape.heads, self.shape.kv_heads, self.shape.head_dim);
         let failed =
             |position: usize| move |(side, source): TokenError| CacheError::Token { layer, position, side, source };
         if prefill == Prefill::Exact && n > 1 {
@@ -200,7 +229,8 @@ impl Cache {
                 }
                 own.last_mut().expect("opened above").push(k, v).map_err(failed(start + i))?;
             }
-            let rotations: Vec<_> = (0..own.len()).map(|b| self.rope.rotation(start + b * BLOCK_TOKENS)).collect();
+            let rope = turns.rope.clone();
+            let rotations: Vec<_> = (0..own.len()).map(|b| rope.rotation(start + b * BLOCK_TOKENS)).collect();
             attend::exact(&self.history(layer), &own, &rotations, &queries, start, out)?;
             for (i, (k, v)) in k.chunks_exact(c).zip(v.chunks_exact(c)).enumerate() {
                 let layer = &mut self.layers[layer];
@@ -231,13 +261,15 @@ impl Cache {
     }
 
     fn history(&self, layer: usize) -> History<'_> {
+        let turns = &self.turns[self.turns_of[layer]];
+        let layer = &self.layers[layer];
         History {
-            layer: &self.layers[layer],
+            layer,
             shape: self.shape,
             kernels: self.kernels,
-            table: &self.table,
-            start: self.pre_rope.then_some(&self.start),
-            origins: self.pre_rope.then_some(&self.origins[..]),
+            table: &turns.table,
+            start: self.pre_rope.then_some(&turns.start),
+            origins: self.pre_rope.then(|| turns.origins(layer.dropped())),
             sinks: self.sinks,
         }
     }
@@ -252,7 +284,18 @@ impl Cache {
             return Err(CacheError::Uneven { layer, expected, got: l.len() });
         }
         self.len = expected;
+        self.layers.iter_mut().for_each(Layer::trim);
+        self.trim_turns();
         Ok(())
+    }
+
+    /// Keeps the rotations of the blocks that layers hold.
+    fn trim_turns(&mut self) {
+        let end = self.len.saturating_sub(self.sinks).div_ceil(BLOCK_TOKENS);
+        for (i, turns) in self.turns.iter_mut().enumerate() {
+            let of = self.layers.iter().zip(&self.turns_of).filter(|(_, t)| **t == i);
+            turns.keep(of.map(|(l, _)| l.dropped()).min().unwrap_or(0), end);
+        }
     }
 
     /// Undoes a forward pass that failed on the way: every layer back to [`len`](Cache::len).
@@ -262,19 +305,30 @@ impl Cache {
         }
     }
 
+    /// How many tokens [`truncate`](Cache::truncate) can keep, up to `len`: `len` itself, or none where a layer with a
+    /// window has let go of what they need.
+    pub fn keepable(&self, len: usize) -> usize {
+        let len = len.min(self.len);
+        if self.layers.iter().all(|l| l.can_truncate(len)) { len } else { 0 }
+    }
+
     /// Keeps the first `len` tokens. In a cache with a recent window, tokens that were already quantized stay so.
     ///
     /// # Errors
-    /// `len` is above the number of stored tokens.
+    /// `len` is above the number of stored tokens, or below what layers with a window can go back to
+    /// ([`keepable`](Cache::keepable)); 0 is always possible.
     pub fn truncate(&mut self, len: usize) -> Result<(), CacheError> {
         if len > self.len {
             return Err(CacheError::Length { what: "truncated cache", expected: self.len, got: len });
         }
+        if let Some((layer, l)) = self.layers.iter().enumerate().find(|(_, l)| !l.can_truncate(len)) {
+            return Err(CacheError::Window { layer, len, first: l.first() });
+        }
         for layer in &mut self.layers {
             layer.truncate(len)?;
         }
-        self.origins.truncate(len.saturating_sub(self.sinks).div_ceil(BLOCK_TOKENS));
         self.len = len;
+        self.trim_turns();
         Ok(())
     }
 
@@ -287,14 +341,15 @@ impl Cache {
         all
     }
 
-    /// 8 * bytes / elements, over all keys and values of the stored tokens; 0 when empty.
+    /// 8 * bytes / elements, over all keys and values that layers hold (those with a window hold fewer); 0 when empty.
     pub fn bits_per_element(&self) -> f64 {
-        let elements = 2 * self.shape.layers * self.shape.channels() * self.len;
+        let tokens: usize = self.layers.iter().map(|l| l.len() - l.first()).sum();
+        let elements = 2 * self.shape.channels() * tokens;
         if elements == 0 { 0.0 } else { 8.0 * self.bytes().total() as f64 / elements as f64 }
     }
 }
 
-fn check_shape(shape: &CacheShape, spec: &Spec, rope: &Rope) -> Result<(), CacheError> {
+fn check_shape(shape: &CacheShape, spec: &Spec, attention: &LayerAttention) -> Result<(), CacheError> {
     let unsupported = |what, got, supported| Err(CacheError::Unsupported { what, got, supported });
     if shape.head_dim == 0 || shape.head_dim > 512 || !shape.head_dim.is_multiple_of(UNIT_CHANNELS) {
         return unsupported("head_dim", shape.head_dim, "multiples of 4 up to 512");
@@ -302,8 +357,11 @@ fn check_shape(shape: &CacheShape, spec: &Spec, rope: &Rope) -> Result<(), Cache
     if shape.kv_heads == 0 || shape.heads == 0 || !shape.heads.is_multiple_of(shape.kv_heads) {
         return unsupported("query heads", shape.heads, "a multiple of the KV heads");
     }
-    if rope.head_dim() != shape.head_dim {
-        return unsupported("rope pairs", rope.inv_freq.len(), "head_dim / 2");
+    if attention.rope.head_dim() != shape.head_dim {
+        return unsupported("rope pairs", attention.rope.inv_freq.len(), "head_dim / 2");
+    }
+    if attention.window == Some(0) {
+        return unsupported("window", 0, "at least 1 token");
     }
     if spec.sinks() > BLOCK_TOKENS {
         return unsupported("sinks", spec.sinks(), "0 to 64");

@@ -19,6 +19,8 @@ pub(crate) struct Heads {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// Tokens that a query sees, itself included; `None` for all.
+    pub window: Option<usize>,
 }
 
 /// What the backward pass needs of a forward one.
@@ -47,6 +49,11 @@ impl Heads {
 
     fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
+    }
+
+    /// The first token that the query at `row` sees.
+    fn first(&self, row: usize) -> usize {
+        self.window.map_or(0, |w| (row + 1).saturating_sub(w))
     }
 
     /// Offset of a query head's keys in a row.
@@ -94,6 +101,8 @@ impl Heads {
                         s.chunks_exact_mut(end).zip(&mut lse[start - from..]).zip(start..).map(|((r, l), t)| {
                             let (seen, rest) = r.split_at_mut(t + 1);
                             rest.fill(0.0);
+                            let (before, seen) = seen.split_at_mut(self.first(t));
+                            before.fill(0.0);
                             (seen, l)
                         })
                     {
@@ -148,10 +157,13 @@ impl Heads {
                         let o = &attended.out[row * width + head * d..][..d];
                         let delta: f32 = o.iter().zip(&d_out[row * width + head * d..][..d]).map(|(a, b)| a * b).sum();
                         let lse = attended.lse[head * tokens + row];
-                        for (p, ds) in p[..=row].iter_mut().zip(&mut ds[..=row]) {
+                        let first = self.first(row);
+                        for (p, ds) in p[first..=row].iter_mut().zip(&mut ds[first..=row]) {
                             *p = exp(*p - lse);
                             *ds = *p * (*ds - delta);
                         }
+                        p[..first].fill(0.0);
+                        ds[..first].fill(0.0);
                         p[row + 1..].fill(0.0);
                         ds[row + 1..].fill(0.0);
                     }
@@ -209,7 +221,7 @@ mod tests {
         for t in 0..k.len() / kw {
             for head in 0..h.heads {
                 let kv = h.kv_offset(head);
-                let scores: Vec<f64> = (0..=t)
+                let scores: Vec<f64> = (h.first(t)..=t)
                     .map(|s| {
                         (0..d).map(|i| f64::from(q[t * qw + head * d + i]) * f64::from(k[s * kw + kv + i])).sum::<f64>()
                     })
@@ -218,7 +230,7 @@ mod tests {
                 let sum: f64 = scores.iter().sum();
                 for i in 0..d {
                     out[t * qw + head * d + i] =
-                        scores.iter().enumerate().map(|(s, p)| p / sum * f64::from(v[s * kw + kv + i])).sum();
+                        scores.iter().zip(h.first(t)..).map(|(p, s)| p / sum * f64::from(v[s * kw + kv + i])).sum();
                 }
             }
         }
@@ -227,8 +239,9 @@ mod tests {
 
     #[test]
     fn forward_is_the_definition_over_several_tiles() {
-        let h = Heads { heads: 6, kv_heads: 2, head_dim: 4 };
-        for tokens in [1, 5, TILE, TILE + 1, 3 * TILE + 7] {
+        let shapes = [1, 5, TILE, TILE + 1, 3 * TILE + 7].map(|n| [(n, None), (n, Some(3)), (n, Some(TILE + 2))]);
+        for (tokens, window) in shapes.into_iter().flatten() {
+            let h = Heads { heads: 6, kv_heads: 2, head_dim: 4, window };
             let (q, k, v) = (noise(tokens * 24, 1), noise(tokens * 8, 2), noise(tokens * 8, 3));
             let got = h.forward(&q, &k, &v);
             for (i, want) in direct(h, &q, &k, &v).iter().enumerate() {
@@ -239,8 +252,8 @@ mod tests {
 
     #[test]
     fn backward_is_the_slope() {
-        let h = Heads { heads: 4, kv_heads: 2, head_dim: 4 };
-        for (tokens, step) in [(7, 1), (TILE + 9, 97)] {
+        for (tokens, step, window) in [(7, 1, None), (TILE + 9, 97, None), (7, 1, Some(3)), (TILE + 9, 97, Some(50))] {
+            let h = Heads { heads: 4, kv_heads: 2, head_dim: 4, window };
             let (q, k, v) = (noise(tokens * 16, 1), noise(tokens * 8, 2), noise(tokens * 8, 3));
             let probe = noise(tokens * 16, 4);
             let loss = |q: &[f32], k: &[f32], v: &[f32]| -> f64 {

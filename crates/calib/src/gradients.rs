@@ -7,7 +7,7 @@
 //! head runs over chunks of positions, so that neither all logits nor all f32 weights are ever held.
 
 use kvquant_kernels::linalg::gemm;
-use kvquant_kernels::rope::Rotation;
+use kvquant_kernels::rope::{Rope, Rotation};
 use kvquant_kernels::weights::Weight;
 use kvquant_model::Model;
 use rayon::prelude::*;
@@ -25,6 +25,24 @@ pub(crate) fn head_bytes(hidden: usize) -> usize {
     LOGIT_BYTES + 4 * HEAD_ROWS * hidden
 }
 
+/// A window's rotations: one list of positions for each of the model's ropes.
+pub(crate) struct Rotations(Vec<Vec<Rotation>>);
+
+impl Rotations {
+    pub(crate) fn new(model: &Model, tokens: usize) -> Self {
+        let of = |inv_freq: &[f64]| {
+            let rope = Rope { inv_freq: inv_freq.to_vec() };
+            (0..tokens).map(|p| rope.rotation(p)).collect()
+        };
+        Rotations(model.config.rotary.iter().map(|r| of(&r.inv_freq)).collect())
+    }
+
+    /// Those of a layer.
+    pub(crate) fn of(&self, model: &Model, layer: usize) -> &[Rotation] {
+        &self.0[model.config.attention[layer].rotary]
+    }
+}
+
 /// Changes keys and values of a layer before they are used.
 #[cfg(test)]
 pub(crate) type Edit<'a> = &'a dyn Fn(usize, &mut [f32], &mut [f32]);
@@ -36,13 +54,14 @@ pub(crate) type Edit<'a> = &'a dyn Fn(usize, &mut [f32], &mut [f32]);
 pub(crate) fn window_gradients(
     model: &Model,
     tokens: &[u32],
-    rotations: &[Rotation],
+    rotations: &Rotations,
     on_layer: &mut dyn FnMut(usize, &LayerGrads) -> Result<(), CalibError>,
 ) -> Result<f64, CalibError> {
     let mut x = embed(model, tokens);
     let mut kept = Vec::with_capacity(model.layers.len());
-    for layer in &model.layers {
-        let (out, keep) = DenseLayer::new(&model.config, layer).forward(x, rotations, &|_, _| {});
+    for (i, layer) in model.layers.iter().enumerate() {
+        let dense = DenseLayer::new(&model.config, i, layer);
+        let (out, keep) = dense.forward(x, rotations.of(model, i), &|_, _| {});
         kept.push(keep);
         x = out;
     }
@@ -52,7 +71,7 @@ pub(crate) fn window_gradients(
     }
     for (i, layer) in model.layers.iter().enumerate().rev() {
         let Some(keep) = kept.pop() else { break };
-        let grads = DenseLayer::new(&model.config, layer).backward(&keep, d, rotations);
+        let grads = DenseLayer::new(&model.config, i, layer).backward(&keep, d, rotations.of(model, i));
         on_layer(i, &grads)?;
         d = grads.d_input;
     }
@@ -61,10 +80,10 @@ pub(crate) fn window_gradients(
 
 /// The loss alone, with keys and values edited on the way.
 #[cfg(test)]
-pub(crate) fn window_loss(model: &Model, tokens: &[u32], rotations: &[Rotation], edit: Edit<'_>) -> f64 {
+pub(crate) fn window_loss(model: &Model, tokens: &[u32], rotations: &Rotations, edit: Edit<'_>) -> f64 {
     let mut x = embed(model, tokens);
     for (i, layer) in model.layers.iter().enumerate() {
-        x = DenseLayer::new(&model.config, layer).forward(x, rotations, &|k, v| edit(i, k, v)).0;
+        x = DenseLayer::new(&model.config, i, layer).forward(x, rotations.of(model, i), &|k, v| edit(i, k, v)).0;
     }
     head(model, &x, tokens, false).0
 }
@@ -73,7 +92,10 @@ pub(crate) fn window_loss(model: &Model, tokens: &[u32], rotations: &[Rotation],
 fn embed(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let hidden = model.config.hidden;
     let mut x = vec![0.0; tokens.len() * hidden];
-    x.par_chunks_mut(hidden).zip(tokens).for_each(|(row, id)| model.embed.dequant_row(*id as usize, row));
+    x.par_chunks_mut(hidden).zip(tokens).for_each(|(row, id)| {
+        model.embed.dequant_row(*id as usize, row);
+        row.iter_mut().for_each(|x| *x *= model.config.embedding_scale);
+    });
     x
 }
 
@@ -101,7 +123,7 @@ fn head(model: &Model, x: &[f32], tokens: &[u32], gradient: bool) -> (f64, Vec<f
         let losses: Vec<f64> = logits
             .par_chunks_mut(vocab)
             .zip(targets)
-            .map(|(row, target)| cross_entropy(row, *target as usize, scale))
+            .map(|(row, target)| capped_cross_entropy(row, model.config.logit_cap, *target as usize, scale))
             .collect();
         loss += losses.iter().sum::<f64>();
         if !gradient {
@@ -129,6 +151,17 @@ fn dequant_rows<'a>(head: &Weight, at: usize, out: &'a mut [f32]) -> &'a [f32] {
     out
 }
 
+/// [`cross_entropy`] of logits x that become cap * tanh(x / cap) first.
+fn capped_cross_entropy(row: &mut [f32], cap: Option<f32>, target: usize, scale: f32) -> f64 {
+    let Some(cap) = cap else { return cross_entropy(row, target, scale) };
+    row.iter_mut().for_each(|x| *x = (*x / cap).tanh());
+    let tanh = row.to_vec();
+    row.iter_mut().for_each(|x| *x *= cap);
+    let loss = cross_entropy(row, target, scale);
+    row.iter_mut().zip(tanh).for_each(|(d, t)| *d *= 1.0 - t * t);
+    loss
+}
+
 /// Cross entropy of one row of logits, which become their gradient times `scale`.
 fn cross_entropy(row: &mut [f32], target: usize, scale: f32) -> f64 {
     let max = row.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m });
@@ -147,7 +180,7 @@ fn cross_entropy(row: &mut [f32], target: usize, scale: f32) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{noise, slope, tiny_model};
+    use crate::testing::{noise, slope, tiny_gemma, tiny_model};
 
     #[test]
     fn cross_entropy_gradient() {
@@ -158,15 +191,21 @@ mod tests {
             let want = 0.5 * slope(&logits, i, 1e-2, |x| cross_entropy(&mut x.to_vec(), 2, 1.0));
             assert!((f64::from(grad[i]) - want).abs() < 1e-4, "{i}: {} {want}", grad[i]);
         }
+        let mut grad = logits.clone();
+        capped_cross_entropy(&mut grad, Some(1.2), 2, 0.5);
+        for i in 0..7 {
+            let loss = |x: &[f32]| capped_cross_entropy(&mut x.to_vec(), Some(1.2), 2, 1.0);
+            let want = 0.5 * slope(&logits, i, 1e-2, loss);
+            assert!((f64::from(grad[i]) - want).abs() < 1e-4, "capped, {i}: {} {want}", grad[i]);
+        }
     }
 
     /// Every key and value of a whole model: the gradient is the slope of the loss.
     #[test]
     fn key_and_value_gradients_are_slopes_of_the_loss() {
-        for bias in [false, true] {
-            let model = tiny_model(bias);
+        for model in [tiny_model(false), tiny_model(true), tiny_gemma()] {
             let tokens = [3, 9, 1, 14, 7];
-            let rotations: Vec<_> = (0..tokens.len()).map(|p| model.rope.rotation(p)).collect();
+            let rotations = Rotations::new(&model, tokens.len());
             let mut all = Vec::new();
             let loss = window_gradients(&model, &tokens, &rotations, &mut |i, g| {
                 all.push((i, g.keys.clone(), g.d_keys.clone(), g.values.clone(), g.d_values.clone()));
@@ -179,7 +218,7 @@ mod tests {
             for (layer, keys, d_keys, values, d_values) in &all {
                 for (is_key, x, d) in [(true, keys, d_keys), (false, values, d_values)] {
                     for i in 0..x.len() {
-                        let want = slope(x, i, 2e-2, |x| {
+                        let want = slope(x, i, 5e-3, |x| {
                             window_loss(&model, &tokens, &rotations, &|l, k, v| {
                                 if l == *layer {
                                     if is_key { k.copy_from_slice(x) } else { v.copy_from_slice(x) }

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! One backward pass serves every spec: bits, outlier share, sinks, weights, RoPE stage and Q-Norm differ only in
-//! what is done with the same samples. The gradients are written out by hand for this one architecture, in f32 on
-//! dequantized weights, because only those of activations are needed and a tape would keep too much.
+//! what is done with the same samples. The gradients are written out by hand for the one shape that all families share, in
+//! f32 on dequantized weights, because only those of activations are needed and a tape would keep too much.
 
 mod attention;
 mod error;
@@ -28,11 +28,11 @@ pub use sample::{sample_windows, sample_windows_from};
 
 use std::collections::BTreeSet;
 
-use kvquant_kernels::rope::Rotation;
 use kvquant_model::Model;
 use kvquant_quant::{CodedSpec, Fit, KeyStage, LayerFit, Provenance, Quantizer, Side, Spec};
 
 use crate::fit::SideData;
+use crate::gradients::Rotations;
 use crate::samples::SideSamples;
 
 /// How far a calibration has come.
@@ -87,7 +87,7 @@ pub fn calibrate_within(
         let (need_mib, limit_mib) = (need >> 20, memory >> 20);
         return Err(CalibError::Memory { need_mib, limit_mib, windows: windows.len(), ctx });
     }
-    let rotations: Vec<Rotation> = (0..ctx).map(|p| model.rope.rotation(p)).collect();
+    let rotations = Rotations::new(model, ctx);
     let samples = collect(model, windows, &rotations, progress)?;
 
     let total = samples.len();
@@ -159,7 +159,7 @@ fn memory_needed(model: &Model, windows: usize, ctx: usize, specs: &[CodedSpec])
     let kept = c.layers * ctx * (c.hidden + q + c.heads);
     let weights = c.hidden * (2 * q + 2 * kv + 3 * c.intermediate);
     // Alive at the worst moment of a layer's backward pass: gate, up and their gradient; hidden states; heads.
-    let graph = ctx * (3 * c.intermediate + 5 * c.hidden + 5 * q + 8 * kv);
+    let graph = ctx * (4 * c.intermediate + 7 * c.hidden + 7 * q + 10 * kv);
     let pass = 4 * (kept + weights + graph) + gradients::head_bytes(c.hidden);
     let sides = if specs.iter().any(|s| s.stage == KeyStage::PostRope) { 2 } else { 1 };
     // Values and gradients as f32, and the columns that thresholds are selected from.
@@ -171,16 +171,21 @@ fn memory_needed(model: &Model, windows: usize, ctx: usize, specs: &[CodedSpec])
 fn collect(
     model: &Model,
     windows: &[Vec<u32>],
-    rotations: &[Rotation],
+    rotations: &Rotations,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Vec<LayerSamples>, CalibError> {
     let channels = model.config.kv_heads * model.config.head_dim;
-    let tokens = windows.len() * rotations.len();
+    let tokens = windows.len() * windows.first().map_or(0, Vec::len);
     let mut samples: Vec<LayerSamples> = model
         .layers
         .iter()
         .map(|layer| LayerSamples {
-            keys: SideSamples::new(layer.k_bias.clone().unwrap_or_default(), channels, tokens),
+            // A norm after the bias takes its offset away.
+            keys: SideSamples::new(
+                layer.k_bias.clone().filter(|_| layer.k_norm.is_none()).unwrap_or_default(),
+                channels,
+                tokens,
+            ),
             values: SideSamples::new(layer.v_bias.clone().unwrap_or_default(), channels, tokens),
         })
         .collect();
@@ -216,7 +221,7 @@ fn fit_layer(
     samples: LayerSamples,
     specs: &[CodedSpec],
     ctx: usize,
-    rotations: &[Rotation],
+    rotations: &Rotations,
 ) -> Result<Vec<LayerFit>, CalibError> {
     let data = |side, samples: &SideSamples| {
         let (values, gradients) = samples.unpack();
@@ -228,7 +233,7 @@ fn fit_layer(
     drop(fit_values);
     let any = |stage| specs.iter().any(|s| s.stage == stage);
     let before = any(KeyStage::PreRope).then(|| data(Side::Key, &samples.keys));
-    let after = any(KeyStage::PostRope).then(|| data(Side::Key, &samples.keys).rotated(rotations));
+    let after = any(KeyStage::PostRope).then(|| data(Side::Key, &samples.keys).rotated(rotations.of(model, layer)));
     let mut fits = Vec::with_capacity(specs.len());
     for (spec, values) in specs.iter().zip(values) {
         let stage = match spec.stage {

@@ -5,6 +5,7 @@
 
 use kvquant_kernels::linalg::gemm;
 use kvquant_kernels::rope::Rotation;
+use kvquant_model::ops::Activation;
 use rayon::prelude::*;
 
 /// Rows per task of the row-wise loops.
@@ -96,25 +97,50 @@ pub(crate) fn rms_norm_back(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx:
     });
 }
 
-/// silu(gate) * up, into `gate`.
-pub(crate) fn swiglu(gate: &mut [f32], up: &[f32]) {
+/// Twice the argument of GELU's tanh over x (1 + GELU_CUBE x^2).
+const GELU: f32 = 2.0 * 0.797_884_6;
+const GELU_CUBE: f32 = 0.044715;
+
+/// An activation and its slope.
+#[inline(always)]
+fn activate(activation: Activation, x: f32) -> (f32, f32) {
+    match activation {
+        Activation::Silu => {
+            let s = sigmoid(x);
+            (x * s, s + x * s * (1.0 - s))
+        }
+        Activation::GeluTanh => {
+            // (1 + tanh u) / 2 is the sigmoid of 2u.
+            let s = sigmoid(GELU * x * (1.0 + GELU_CUBE * x * x));
+            (x * s, s + x * s * (1.0 - s) * GELU * (1.0 + 3.0 * GELU_CUBE * x * x))
+        }
+    }
+}
+
+/// activation(gate) * up, into `gate`.
+pub(crate) fn gated(activation: Activation, gate: &mut [f32], up: &[f32]) {
     gate.par_chunks_mut(8192).zip(up.par_chunks(8192)).for_each(|(gate, up)| {
         for (g, u) in gate.iter_mut().zip(up) {
-            *g = *g * sigmoid(*g) * u;
+            *g = activate(activation, *g).0 * u;
         }
     });
 }
 
-/// The gradient of [`swiglu`]: `gate` and `up` become their own gradients.
-pub(crate) fn swiglu_back(gate: &mut [f32], up: &mut [f32], d: &[f32]) {
+/// The gradient of [`gated`]: `gate` and `up` become their own gradients.
+pub(crate) fn gated_back(activation: Activation, gate: &mut [f32], up: &mut [f32], d: &[f32]) {
     gate.par_chunks_mut(8192).zip(up.par_chunks_mut(8192)).zip(d.par_chunks(8192)).for_each(|((gate, up), d)| {
         for ((g, u), d) in gate.iter_mut().zip(up).zip(d) {
-            let s = sigmoid(*g);
-            let silu = *g * s;
-            let slope = s + silu * (1.0 - s);
-            (*g, *u) = (d * *u * slope, d * silu);
+            let (value, slope) = activate(activation, *g);
+            (*g, *u) = (d * *u * slope, d * value);
         }
     });
+}
+
+/// Multiplies every row by `by`, entry by entry; an empty `by` is none. It is its own gradient.
+pub(crate) fn scale_rows(x: &mut [f32], by: &[f32]) {
+    if !by.is_empty() {
+        x.par_chunks_mut(by.len()).for_each(|row| row.iter_mut().zip(by).for_each(|(x, b)| *x *= b));
+    }
 }
 
 /// Turns `[tokens, heads, head_dim]` to the tokens' positions, in place.
@@ -181,17 +207,19 @@ mod tests {
     }
 
     #[test]
-    fn swiglu_gradient() {
-        let (gate, up, d) = (noise(9, 1), noise(9, 2), noise(9, 3));
-        let (mut dg, mut du) = (gate.clone(), up.clone());
-        swiglu_back(&mut dg, &mut du, &d);
-        let value = |gate: &[f32], up: &[f32]| {
-            let mut y = gate.to_vec();
-            swiglu(&mut y, up);
-            y
-        };
-        check(&gate, &d, &dg, |g| value(g, &up));
-        check(&up, &d, &du, |u| value(&gate, u));
+    fn gated_gradient() {
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            let (gate, up, d) = (noise(9, 1), noise(9, 2), noise(9, 3));
+            let (mut dg, mut du) = (gate.clone(), up.clone());
+            gated_back(activation, &mut dg, &mut du, &d);
+            let value = |gate: &[f32], up: &[f32]| {
+                let mut y = gate.to_vec();
+                gated(activation, &mut y, up);
+                y
+            };
+            check(&gate, &d, &dg, |g| value(g, &up));
+            check(&up, &d, &du, |u| value(&gate, u));
+        }
     }
 
     #[test]

@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
+use kvquant_cache::LayerAttention;
 use kvquant_kernels::rope::Rope;
 use kvquant_kernels::weights::{Weight, WeightType};
+use kvquant_model::config::{Attention, Rotary};
+use kvquant_model::family::Family;
 use kvquant_model::{Config, Model, forward::Layer};
 use kvquant_quant::{CodebookKind, CodedSpec, Fingerprint, FisherWeights, KeyStage, Scope};
 use rand::{Rng, SeedableRng};
@@ -34,10 +37,28 @@ fn weight(rows: usize, cols: usize, seed: u64) -> Weight {
 
 /// Two layers, four query heads on two KV heads of four channels, hidden 12, vocabulary of 19.
 pub(crate) fn tiny_model(qkv_bias: bool) -> Model {
+    tiny("llama", qkv_bias)
+}
+
+/// The same with all that Gemma 3 has besides: norms of heads and outputs, GELU, a window with a rope of its own, scales
+/// of embeddings and queries, capped logits.
+pub(crate) fn tiny_gemma() -> Model {
+    tiny("gemma3", false)
+}
+
+fn tiny(family: &str, qkv_bias: bool) -> Model {
+    let family = Family::of_gguf(family).unwrap();
+    let gemma = family.post_norms;
     let (layers, hidden, intermediate, heads, kv_heads, head_dim, vocab) = (2, 12, 20, 4, 2, 4, 19);
-    let inv_freq = vec![1.0, 0.1];
+    let query_scale = if gemma { vec![0.7, 0.7, 1.3, 1.3] } else { vec![] };
+    let mut rotary = vec![Rotary { inv_freq: vec![1.0, 0.1], query_scale }];
+    let mut attention = vec![Attention { rotary: 0, window: None }; layers];
+    if gemma {
+        rotary.push(Rotary { inv_freq: vec![0.7, 0.3], query_scale: vec![] });
+        attention[0] = Attention { rotary: 1, window: Some(3) };
+    }
     let config = Config {
-        architecture: "llama".into(),
+        family,
         name: "tiny".into(),
         layers,
         hidden,
@@ -48,11 +69,16 @@ pub(crate) fn tiny_model(qkv_bias: bool) -> Model {
         vocab,
         context: 512,
         norm_eps: 1e-5,
-        inv_freq: inv_freq.clone(),
-        half_split_rope: false,
+        rotary,
+        attention,
+        half_split: false,
+        rope_dims: head_dim,
         qkv_bias,
+        embedding_scale: if gemma { 1.7 } else { 1.0 },
+        logit_cap: gemma.then_some(4.0),
     };
-    let norm = |seed| noise(hidden, seed).iter().map(|x| 1.0 + 0.2 * x).collect::<Vec<f32>>();
+    let norm_of = |n: usize, seed| noise(n, seed).iter().map(|x| 1.0 + 0.2 * x).collect::<Vec<f32>>();
+    let norm = |seed| norm_of(hidden, seed);
     let bias = |n: usize, seed| qkv_bias.then(|| noise(n, seed));
     let (q, kv) = (heads * head_dim, kv_heads * head_dim);
     let layers = (0..layers as u64)
@@ -65,27 +91,34 @@ pub(crate) fn tiny_model(qkv_bias: bool) -> Model {
             q_bias: bias(q, s + 5),
             k_bias: bias(kv, s + 6),
             v_bias: bias(kv, s + 7),
+            q_norm: family.qk_norm.then(|| norm_of(head_dim, s + 13)),
+            k_norm: family.qk_norm.then(|| norm_of(head_dim, s + 14)),
             o: weight(hidden, q, s + 8),
+            post_attn_norm: gemma.then(|| norm(s + 15)),
             ffn_norm: norm(s + 9),
             gate: weight(intermediate, hidden, s + 10),
             up: weight(intermediate, hidden, s + 11),
             down: weight(hidden, intermediate, s + 12),
+            post_ffn_norm: gemma.then(|| norm(s + 16)),
         })
         .collect();
     let fingerprint = Fingerprint {
-        architecture: config.architecture.clone(),
+        architecture: family.gguf.into(),
         layers: config.layers,
         kv_heads,
         head_dim,
         norms_sha256: "00".repeat(32),
     };
+    let ropes: Vec<_> = config.rotary.iter().map(|r| Arc::new(Rope { inv_freq: r.inv_freq.clone() })).collect();
+    let attention =
+        config.attention.iter().map(|a| LayerAttention { rope: ropes[a.rotary].clone(), window: a.window }).collect();
     Model {
         config,
         embed: Arc::new(weight(vocab, hidden, 1001)),
         layers,
         final_norm: norm(1002),
         head: Arc::new(weight(vocab, hidden, 1003)),
-        rope: Arc::new(Rope { inv_freq }),
+        attention,
         fingerprint,
     }
 }

@@ -18,7 +18,7 @@ use crate::quantizers;
     after_help = "Example:\n  kvquant ablate smollm2-135m --on book.txt --self -o docs/quality.md\n\nWithout --quantizer it calibrates first, on --text or on self-sampled text, once for all caches."
 )]
 pub struct Args {
-    /// Known model or GGUF file
+    /// Known model, GGUF file or Hugging Face folder
     model: String,
     /// Text to measure on
     #[arg(long, value_name = "FILE")]
@@ -61,7 +61,7 @@ const TABLES: [(&str, &[&str]); 7] = [
 
 pub fn run(args: Args) -> Result<()> {
     let text = read_text(&args.on)?;
-    let loaded = models::load(&args.model)?;
+    let loaded = models::load(&args.model, Some(args.source.ctx()))?;
     let mut names: Vec<&str> = Vec::new();
     for name in TABLES.iter().flat_map(|(_, specs)| specs.iter()) {
         if !names.contains(name) {
@@ -88,6 +88,7 @@ pub fn run(args: Args) -> Result<()> {
         windows: args.eval_windows,
         first_window: 0,
         prefill: Prefill::Quantized,
+        bos: loaded.bos(),
     };
     let name = args.on.file_name().unwrap_or_default().to_string_lossy();
     let mut progress = Progress::new();

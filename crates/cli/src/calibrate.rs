@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
-use kvquant_calib::{Progress as Step, calibrate, sample_windows};
+use kvquant_calib::{Progress as Step, calibrate, sample_windows_from};
 use kvquant_quant::{Quantizer, Spec};
 
 use crate::failure::Input;
@@ -17,7 +17,7 @@ use crate::progress::Progress;
     after_help = "Examples:\n  kvquant calibrate smollm2-135m --self --kv nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1 -o smollm2.safetensors\n  kvquant calibrate model.gguf --text book.txt --kv nuq3-1%+sink1 -o model.safetensors"
 )]
 pub struct Args {
-    /// Known model or GGUF file
+    /// Known model, GGUF file or Hugging Face folder
     model: String,
     #[command(flatten)]
     source: Source,
@@ -77,7 +77,7 @@ pub fn fit(loaded: &Loaded, source: &Source, specs: &[Spec]) -> Result<Quantizer
     }
     let (windows, name) = match &source.text {
         None => (
-            sample_windows(&loaded.model, source.windows, source.ctx, source.seed, &mut progress)?,
+            sample_windows_from(&loaded.model, loaded.bos(), source.windows, source.ctx, source.seed, &mut progress)?,
             format!("sampled by the model itself, seed {}", source.seed),
         ),
         Some(path) => {
@@ -92,7 +92,10 @@ pub fn fit(loaded: &Loaded, source: &Source, specs: &[Spec]) -> Result<Quantizer
                 );
                 return Err(Input(problem).into());
             }
-            let windows = ids.chunks_exact(source.ctx).take(source.windows).map(<[u32]>::to_vec).collect();
+            let mut windows: Vec<_> = ids.chunks_exact(source.ctx).take(source.windows).map(<[u32]>::to_vec).collect();
+            if let Some(bos) = loaded.bos() {
+                windows.iter_mut().for_each(|w| w[0] = bos);
+            }
             (windows, path.file_name().unwrap_or_default().to_string_lossy().into_owned())
         }
     };
@@ -105,7 +108,7 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Input(format!("{fixed} needs no calibration; leave it out of --kv")).into());
     }
     let start = Instant::now();
-    let loaded = models::load(&args.model)?;
+    let loaded = models::load(&args.model, Some(args.source.ctx))?;
     let quantizer = fit(&loaded, &args.source, &specs)?;
     quantizer.save(&args.output)?;
     let (seconds, peak) = (start.elapsed().as_secs_f64(), peak_memory());

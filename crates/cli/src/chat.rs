@@ -71,6 +71,8 @@ fn turn(
     let ids = session.encode(&template.render(messages, true)?, true)?;
     // At least one token is run, so that there are logits.
     let common = ids.iter().zip(held.iter()).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
+    // Layers with a window can only go back so far.
+    let common = session.cache.keepable(common);
     session.cache.truncate(common)?;
     held.truncate(common);
     let outcome = session.answer(&ids[common..], &mut to_stdout);

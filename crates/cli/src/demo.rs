@@ -45,7 +45,7 @@ struct Run {
 
 pub fn run(args: Args) -> Result<()> {
     let start = Instant::now();
-    let loaded = models::load(KNOWN[0].name)?;
+    let loaded = models::load(KNOWN[0].name, None)?;
     let specs = SPECS.map(|s| s.parse::<Spec>());
     let specs: Vec<Spec> = specs.into_iter().collect::<Result<_, _>>()?;
     let quantizer = quantizers::find(None, &loaded.model, &specs.iter().collect::<Vec<_>>())?;
@@ -87,7 +87,13 @@ pub fn run(args: Args) -> Result<()> {
         });
     }
     let text = loaded.tokenizer.encode(TEXT, false)?;
-    let options = EvalOptions { ctx: text.len().min(2048), windows: 1, first_window: 0, prefill: Prefill::Quantized };
+    let options = EvalOptions {
+        ctx: text.len().min(2048),
+        windows: 1,
+        first_window: 0,
+        prefill: Prefill::Quantized,
+        bos: loaded.bos(),
+    };
     let candidates: Vec<_> = specs.iter().map(|s| (s.to_string(), s.clone(), quantizer.as_ref())).collect();
     let mut progress = Progress::new();
     let report =

@@ -14,10 +14,10 @@ use crate::quantizers;
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  kvquant eval smollm2-135m --text book.txt --kv fp16,nuq4-1%+sink1,nuq3-1%+sink1 --windows 2 --plot quality.svg\n\nThe text is cut into windows from its start, without a beginning-of-text token; the first token of a window is not scored.\nBits count everything that the cache stores, at the end of a window."
+    after_help = "Example:\n  kvquant eval smollm2-135m --text book.txt --kv fp16,nuq4-1%+sink1,nuq3-1%+sink1 --windows 2 --plot quality.svg\n\nThe text is cut into windows from its start, the first token of a window is not scored. For models that expect a beginning-of-text token, it takes the place of the first.\nBits count everything that the cache stores, at the end of a window."
 )]
 pub struct Args {
-    /// Known model or GGUF file
+    /// Known model, GGUF file or Hugging Face folder
     model: String,
     /// Text to measure on
     #[arg(long, value_name = "FILE")]
@@ -67,7 +67,7 @@ impl From<PrefillArg> for Prefill {
 pub fn run(args: Args) -> Result<()> {
     let kvs = models::specs(&args.kv)?;
     let text = read_text(&args.text)?;
-    let loaded = models::load(&args.model)?;
+    let loaded = models::load(&args.model, Some(args.ctx))?;
     let specs: Vec<&Spec> = kvs.iter().map(|(_, s)| s).collect();
     let quantizer = quantizers::find(args.quantizer.as_deref(), &loaded.model, &specs)?;
     let ids = loaded.tokenizer.encode(&text, false)?;
@@ -77,6 +77,7 @@ pub fn run(args: Args) -> Result<()> {
         windows: args.windows,
         first_window: args.first_window,
         prefill: args.prefill.into(),
+        bos: loaded.bos(),
     };
     let name = args.text.file_name().unwrap_or_default().to_string_lossy();
     let mut progress = Progress::new();

@@ -7,9 +7,9 @@ use kvquant_calib::CalibError;
 use kvquant_eval::EvalError;
 use kvquant_kernels::dispatch::DispatchError;
 use kvquant_model::ForwardError;
-use kvquant_model::gguf::GgufError;
 use kvquant_model::pull::PullError;
 use kvquant_model::sampling::SamplingError;
+use kvquant_model::source::SourceError;
 use kvquant_model::template::TemplateError;
 use kvquant_model::tokenizer::TokenizerError;
 use kvquant_quant::{FileError, SpecError};
@@ -44,7 +44,7 @@ pub fn is_input(e: &Error) -> bool {
     e.chain().any(|c| {
         c.is::<Input>()
             || c.is::<SpecError>()
-            || c.is::<GgufError>()
+            || c.is::<SourceError>()
             || c.is::<TokenizerError>()
             || c.is::<TemplateError>()
             || c.is::<DispatchError>()
@@ -67,9 +67,10 @@ fn file(e: &FileError) -> bool {
 
 fn forward(e: &ForwardError) -> bool {
     match e {
-        ForwardError::Gguf(_) | ForwardError::Empty | ForwardError::ContextFull { .. } | ForwardError::Tokenizer(_) => {
-            true
-        }
+        ForwardError::Source(_)
+        | ForwardError::Empty
+        | ForwardError::ContextFull { .. }
+        | ForwardError::Tokenizer(_) => true,
         ForwardError::Quantizer(f) => file(f),
         ForwardError::Cache(c) => match c {
             CacheError::NeedsQuantizer { .. } | CacheError::Unsupported { .. } | CacheError::Fit { .. } => true,

@@ -43,7 +43,7 @@ pub struct Args {
 /// Options of everything that generates.
 #[derive(clap::Args)]
 pub struct Common {
-    /// Known model or GGUF file
+    /// Known model, GGUF file or Hugging Face folder
     pub model: String,
     /// How the cache is stored
     #[arg(long, value_name = "SPEC", default_value = "nuq4-1%+sink1")]
@@ -102,7 +102,7 @@ impl Common {
             min_p: self.min_p,
             seed: self.seed,
         })?;
-        let loaded = models::load(&self.model)?;
+        let loaded = models::load(&self.model, self.ctx)?;
         let quantizer = quantizers::find(self.quantizer.as_deref(), &loaded.model, &[&spec])?;
         let cache = loaded.model.new_cache(&spec, quantizer.as_ref())?;
         let options = GenerateOptions {
@@ -124,10 +124,10 @@ impl Common {
 impl Session {
     /// Prompt ids, with the beginning-of-text token where the model wants one.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let t = &self.loaded.tokenizer;
-        let mut ids = if t.add_bos() { t.bos().into_iter().collect() } else { Vec::new() };
-        ids.extend(t.encode(text, special)?);
-        Ok(ids)
+        let encoded = self.loaded.tokenizer.encode(text, special)?;
+        // Some chat templates write it themselves.
+        let bos = self.loaded.bos().filter(|bos| encoded.first() != Some(bos));
+        Ok(bos.into_iter().chain(encoded).collect())
     }
 
     /// Runs a prompt after what the cache holds, streaming the answer to `show`.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use kvquant_kernels::weights::WeightType;
 use kvquant_model::gguf::Value;
-use kvquant_model::{Config, Gguf, pull};
+use kvquant_model::{Config, Gguf, Source, pull};
 use kvquant_quant::Quantizer;
 use serde_json::json;
 
@@ -20,7 +20,7 @@ use crate::progress::Progress;
     after_help = "Examples:\n  kvquant inspect smollm2-135m\n  kvquant inspect smollm2.safetensors --json\n  kvquant inspect --cpu"
 )]
 pub struct Args {
-    /// A GGUF file, a quantizer file, or a known model
+    /// A GGUF file, a Hugging Face folder, a quantizer file, or a known model
     #[arg(required_unless_present = "cpu")]
     file: Option<String>,
     /// Show which kernels this CPU gets
@@ -40,7 +40,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut progress = Progress::new();
     let path = pull::resolve(&file, &mut |stage, done, total| progress.update(stage, done, total))?;
     progress.clear();
-    let report = if is_gguf(&path)? { model(&path)? } else { quantizer(&path)? };
+    let report = if is_model(&path)? { model(&path)? } else { quantizer(&path)? };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
@@ -49,19 +49,30 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-fn is_gguf(path: &PathBuf) -> Result<bool> {
+fn is_model(path: &PathBuf) -> Result<bool> {
+    if path.is_dir() {
+        return Ok(true);
+    }
     let mut start = [0; 4];
     let read = std::fs::File::open(path).and_then(|mut f| f.read_exact(&mut start));
     match read {
         Ok(()) => Ok(start == *b"GGUF"),
-        Err(e) => Err(Input(format!("{}: cannot read: {e}; give a GGUF or quantizer file", path.display())).into()),
+        Err(e) => Err(Input(format!(
+            "{}: cannot read: {e}; give a GGUF file, a model folder or a quantizer file",
+            path.display()
+        ))
+        .into()),
     }
 }
 
 fn model(path: &Path) -> Result<serde_json::Value> {
-    let g = Gguf::open(path)?;
+    let source = Source::open(path)?;
     let mut metadata = serde_json::Map::new();
-    for (k, v) in &g.metadata {
+    let values = match &source {
+        Source::Gguf(g) => &g.metadata,
+        Source::Folder(f) => f.metadata(),
+    };
+    for (k, v) in values {
         let shown = match v {
             Value::U64(x) => json!(x),
             Value::I64(x) => json!(x),
@@ -78,26 +89,38 @@ fn model(path: &Path) -> Result<serde_json::Value> {
         };
         metadata.insert(k.clone(), shown);
     }
-    let mut types: BTreeMap<String, (usize, u64)> = BTreeMap::new();
-    for t in &g.tensors {
-        let name = WeightType::from_ggml(t.ty).map_or(format!("type {}", t.ty), |t| t.name().into());
-        let of = types.entry(name).or_default();
-        of.0 += 1;
-        of.1 += t.bytes;
-    }
+    let types = match &source {
+        Source::Gguf(g) => types(g),
+        Source::Folder(f) => f.types(),
+    };
     let types: BTreeMap<_, _> =
         types.into_iter().map(|(k, (n, b))| (k, format!("{n} tensors, {}", bytes(b as f64)))).collect();
     // An architecture that does not run can still be looked at.
-    let runs = match Config::from_gguf(&g) {
+    let runs = match Config::read(&source, None) {
         Ok(c) => {
             let elements = 2 * c.layers * c.kv_heads * c.head_dim;
-            json!({ "layers": c.layers, "hidden": c.hidden, "heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim,
+            let windows = c.attention.iter().filter(|a| a.window.is_some()).count();
+            json!({ "family": c.family.gguf, "layers": c.layers, "layers_with_a_window": windows,
+                "window": c.attention.iter().find_map(|a| a.window), "hidden": c.hidden, "heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim,
                 "context": c.context, "cache_elements_per_token": elements,
                 "cache_bytes_per_token": { "fp16": elements * 2, "4 bits": elements / 2, "3 bits": elements * 3 / 8, "2 bits": elements / 4 } })
         }
         Err(e) => json!(e.to_string()),
     };
-    Ok(json!({ "file": path, "kind": "GGUF model", "model": runs, "tensors": types, "metadata": metadata }))
+    Ok(
+        json!({ "file": path, "kind": if path.is_dir() { "Hugging Face folder" } else { "GGUF model" }, "model": runs, "tensors": types, "metadata": metadata }),
+    )
+}
+
+/// Element types, with how many tensors and bytes there are of each.
+fn types(g: &Gguf) -> BTreeMap<String, (usize, u64)> {
+    let mut types: BTreeMap<String, (usize, u64)> = BTreeMap::new();
+    for t in &g.tensors {
+        let name = WeightType::from_ggml(t.ty).map_or(format!("type {}", t.ty), |t| t.name().into());
+        let of = types.entry(name).or_default();
+        *of = (of.0 + 1, of.1 + t.bytes);
+    }
+    types
 }
 
 fn quantizer(path: &Path) -> Result<serde_json::Value> {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use kvquant_model::{ChatTemplate, Gguf, Model, Tokenizer, pull};
+use kvquant_model::{ChatTemplate, Model, Source, Tokenizer, pull};
 use kvquant_quant::Spec;
 
 use crate::failure::Input;
@@ -13,25 +13,33 @@ use crate::progress::Progress;
 pub struct Loaded {
     pub model: Model,
     pub tokenizer: Tokenizer,
-    pub gguf: Gguf,
+    /// Its files.
+    pub source: Source,
     /// As the user named it, a path cut to its file name.
     pub name: String,
 }
 
-/// Finds (pulls, if it is a known name) and loads MODEL.
-pub fn load(model: &str) -> Result<Loaded> {
+/// Finds (pulls, if it is a known name) and loads MODEL, for texts of `context` tokens where that is known.
+pub fn load(model: &str, context: Option<usize>) -> Result<Loaded> {
     let mut progress = Progress::new();
     let path = pull::resolve(model, &mut |stage, done, total| progress.update(stage, done, total))?;
-    let (loaded, gguf) = Model::load(&path, &mut |done, total| progress.update("loading", done as u64, total as u64))?;
-    let tokenizer = Tokenizer::from_gguf(&gguf)?;
+    let (loaded, source) = Model::load_for(&path, context, &mut |done, total| {
+        progress.update("loading", done as u64, total as u64);
+    })?;
+    let tokenizer = Tokenizer::from_source(&source)?;
     let name = Path::new(model).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(Loaded { model: loaded, tokenizer, gguf, name })
+    Ok(Loaded { model: loaded, tokenizer, source, name })
 }
 
 impl Loaded {
+    /// The beginning-of-text token, where the model expects one.
+    pub fn bos(&self) -> Option<u32> {
+        self.tokenizer.bos().filter(|_| self.tokenizer.add_bos())
+    }
+
     /// The model's chat template.
     pub fn template(&self) -> Result<ChatTemplate> {
-        Ok(ChatTemplate::from_gguf(&self.gguf)?)
+        Ok(ChatTemplate::from_source(&self.source)?)
     }
 }
 

@@ -61,6 +61,8 @@ pub struct EvalOptions {
     pub first_window: usize,
     /// What the tokens of a window see of each other.
     pub prefill: Prefill,
+    /// Takes the place of the first token of a window, for models that expect a beginning-of-text token.
+    pub bos: Option<u32>,
 }
 
 /// A cache to be judged: the spec as the user wrote it, the spec, its quantizer.
@@ -79,7 +81,7 @@ pub fn evaluate(
     options: &EvalOptions,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Report, EvalError> {
-    let EvalOptions { ctx, windows, first_window, prefill } = *options;
+    let EvalOptions { ctx, windows, first_window, prefill, bos } = *options;
     if ctx < 2 || ctx > model.config.context {
         return Err(EvalError::Context { ctx, context: model.config.context });
     }
@@ -97,6 +99,10 @@ pub fn evaluate(
     let mut sizes = vec![(0.0, 0.0); candidates.len()];
     let mut done = 0;
     for window in ids[first_window * ctx..need].chunks_exact(ctx) {
+        let mut window = window.to_vec();
+        if let Some(bos) = bos {
+            window[0] = bos;
+        }
         let mut reference = model.new_cache(&Spec::Fp16, None)?;
         let mut caches = candidates
             .iter()

@@ -2,15 +2,14 @@
 
 use std::sync::Arc;
 
-use kvquant_cache::{Cache, CacheError, CacheShape, Prefill};
+use kvquant_cache::{Cache, CacheError, CacheShape, LayerAttention, Prefill};
 use kvquant_kernels::dispatch::DispatchError;
-use kvquant_kernels::rope::Rope;
 use kvquant_kernels::weights::{Weight, matmul_fused};
 use kvquant_quant::{FileError, Fingerprint, Quantizer, Spec};
 
 use crate::config::Config;
-use crate::gguf::GgufError;
-use crate::ops::{add, add_bias, rms_norm, swiglu};
+use crate::ops::{add, add_bias, gated, rms_norm, rms_norm_in_place, scale_rows};
+use crate::source::SourceError;
 
 /// A model can't be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -20,7 +19,7 @@ pub enum ForwardError {
     Cache(#[from] CacheError),
     /// The file is broken or not supported.
     #[error(transparent)]
-    Gguf(#[from] GgufError),
+    Source(#[from] SourceError),
     /// The quantizer does not fit the model.
     #[error(transparent)]
     Quantizer(#[from] FileError),
@@ -64,7 +63,10 @@ pub enum ForwardError {
     Tokenizer(#[from] crate::tokenizer::TokenizerError),
 }
 
-/// One layer's weights; q and k rows in the adjacent rope pairing.
+/// Sees the keys and values of a pass: layer, keys (before the rotation), values, as they go into the cache.
+pub type Watch<'a> = dyn FnMut(usize, &[f32], &[f32]) + 'a;
+
+/// One layer's weights; rows of q and k, and norms of their heads, in the adjacent rope pairing.
 #[derive(Debug)]
 #[allow(missing_docs)]
 pub struct Layer {
@@ -75,11 +77,15 @@ pub struct Layer {
     pub q_bias: Option<Vec<f32>>,
     pub k_bias: Option<Vec<f32>>,
     pub v_bias: Option<Vec<f32>>,
+    pub q_norm: Option<Vec<f32>>,
+    pub k_norm: Option<Vec<f32>>,
     pub o: Weight,
+    pub post_attn_norm: Option<Vec<f32>>,
     pub ffn_norm: Vec<f32>,
     pub gate: Weight,
     pub up: Weight,
     pub down: Weight,
+    pub post_ffn_norm: Option<Vec<f32>>,
 }
 
 /// A model in memory, weights as quantized in the file.
@@ -95,8 +101,8 @@ pub struct Model {
     pub final_norm: Vec<f32>,
     /// Output matrix `[vocab, hidden]`; the embedding again where tied.
     pub head: Arc<Weight>,
-    /// Rotary positions.
-    pub rope: Arc<Rope>,
+    /// Rotary positions and window of every layer.
+    pub attention: Vec<LayerAttention>,
     /// What quantizer files are matched against.
     pub fingerprint: Fingerprint,
 }
@@ -132,7 +138,7 @@ impl Model {
         if let Some(q) = quantizer {
             q.check_model(&self.fingerprint)?;
         }
-        Ok(Cache::new(self.cache_shape(), spec, quantizer, self.rope.clone())?)
+        Ok(Cache::with_attention(self.cache_shape(), spec, quantizer, &self.attention)?)
     }
 
     /// The shape of the model's attention.
@@ -148,7 +154,10 @@ impl Model {
             .iter()
             .map(|l| {
                 let matrices = [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down];
-                matrices.iter().map(|w| w.bytes()).sum::<usize>() + 4 * (l.attn_norm.len() + l.ffn_norm.len())
+                let some = [&l.q_norm, &l.k_norm, &l.post_attn_norm, &l.post_ffn_norm, &l.q_bias, &l.k_bias, &l.v_bias];
+                let vectors: usize = some.iter().flat_map(|v| v.iter().map(Vec::len)).sum();
+                let floats = vectors + l.attn_norm.len() + l.ffn_norm.len();
+                matrices.iter().map(|w| w.bytes()).sum::<usize>() + 4 * floats
             })
             .sum();
         let head = if Arc::ptr_eq(&self.embed, &self.head) { 0 } else { self.head.bytes() };
@@ -161,6 +170,19 @@ impl Model {
     /// # Errors
     /// No tokens, unknown tokens, a full context, or numbers that are not finite.
     pub fn forward(&self, steps: &mut [Step<'_>], prefill: Prefill) -> Result<Vec<f32>, ForwardError> {
+        self.forward_watched(steps, prefill, &mut |_, _, _| {})
+    }
+
+    /// [`forward`](Model::forward) that shows every layer's keys and values, all steps' rows together.
+    ///
+    /// # Errors
+    /// As [`forward`](Model::forward).
+    pub fn forward_watched(
+        &self,
+        steps: &mut [Step<'_>],
+        prefill: Prefill,
+        watch: &mut Watch<'_>,
+    ) -> Result<Vec<f32>, ForwardError> {
         for s in steps.iter() {
             if s.tokens.is_empty() {
                 return Err(ForwardError::Empty);
@@ -173,7 +195,7 @@ impl Model {
                 return Err(ForwardError::ContextFull { stored, new, context });
             }
         }
-        let result = self.layers_of(steps, prefill).and_then(|x| {
+        let result = self.layers_of(steps, prefill, watch).and_then(|x| {
             for s in steps.iter_mut() {
                 s.cache.commit(s.tokens.len())?;
             }
@@ -189,7 +211,12 @@ impl Model {
     }
 
     /// The hidden state after the last layer, `[rows, hidden]`.
-    fn layers_of(&self, steps: &mut [Step<'_>], prefill: Prefill) -> Result<Vec<f32>, ForwardError> {
+    fn layers_of(
+        &self,
+        steps: &mut [Step<'_>],
+        prefill: Prefill,
+        watch: &mut Watch<'_>,
+    ) -> Result<Vec<f32>, ForwardError> {
         let c = &self.config;
         let rows: usize = steps.iter().map(|s| s.tokens.len()).sum();
         let (wide, narrow) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
@@ -197,6 +224,9 @@ impl Model {
         let tokens = steps.iter().flat_map(|s| s.tokens);
         for (row, &token) in x.chunks_exact_mut(c.hidden).zip(tokens) {
             self.embed.dequant_row(token as usize, row);
+        }
+        if c.embedding_scale != 1.0 {
+            x.iter_mut().for_each(|x| *x *= c.embedding_scale);
         }
         let mut normed = vec![0.0; rows * c.hidden];
         let (mut q, mut attended) = (vec![0.0; rows * wide], vec![0.0; rows * wide]);
@@ -208,6 +238,10 @@ impl Model {
             add_bias(&mut q, &l.q_bias);
             add_bias(&mut k, &l.k_bias);
             add_bias(&mut v, &l.v_bias);
+            rms_norm_in_place(&mut q, &l.q_norm, c.norm_eps);
+            rms_norm_in_place(&mut k, &l.k_norm, c.norm_eps);
+            scale_rows(&mut q, &c.rotary[c.attention[i].rotary].query_scale);
+            watch(i, &k, &v);
             let mut at = 0;
             for s in steps.iter_mut() {
                 let (of_q, of_kv) =
@@ -217,11 +251,13 @@ impl Model {
                 at += s.tokens.len();
             }
             l.o.matmul(&attended, rows, &mut normed);
+            rms_norm_in_place(&mut normed, &l.post_attn_norm, c.norm_eps);
             add(&mut x, &normed);
             rms_norm(&x, &l.ffn_norm, c.norm_eps, &mut normed);
             matmul_fused(&[&l.gate, &l.up], &normed, rows, &mut [&mut gate, &mut up]);
-            swiglu(&mut gate, &up);
+            gated(c.family.activation, &mut gate, &up);
             l.down.matmul(&gate, rows, &mut normed);
+            rms_norm_in_place(&mut normed, &l.post_ffn_norm, c.norm_eps);
             add(&mut x, &normed);
             // NaN and infinity survive a sum.
             if !x.iter().sum::<f32>().is_finite() && x.iter().any(|v| !v.is_finite()) {
@@ -250,6 +286,9 @@ impl Model {
         rms_norm(&picked, &self.final_norm, self.config.norm_eps, &mut normed);
         let mut logits = vec![0.0; rows * self.config.vocab];
         self.head.matmul(&normed, rows, &mut logits);
+        if let Some(cap) = self.config.logit_cap {
+            logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+        }
         logits
     }
 }

@@ -1,14 +1,16 @@
 //! Ids to logits, and text around them.
 //!
 //! ```text
-//! gguf       a model file: metadata and tensors          config     what a family needs to run
+//! gguf       a GGUF file: metadata and tensors           source     that, or a Hugging Face folder
+//! family     what distinguishes families of models       config     what a model needs to run
 //! tokenizer  text <-> ids                                template   chat messages -> prompt text
-//! load       GGUF -> Model                               forward    ids -> logits, filling a cache
+//! load       files -> Model                              forward    ids -> logits, filling a cache
 //! sampling   logits -> next id                           generate   prompt -> streamed text
 //! pull       known models by name
 //! ```
 
 pub mod config;
+pub mod family;
 pub mod forward;
 pub mod generate;
 pub mod gguf;
@@ -16,11 +18,13 @@ mod load;
 pub mod ops;
 pub mod pull;
 pub mod sampling;
+pub mod source;
 pub mod template;
 pub mod tokenizer;
 
 pub use config::Config;
 pub use forward::{ForwardError, Layer, Logits, Model, Step};
 pub use gguf::Gguf;
+pub use source::Source;
 pub use template::ChatTemplate;
 pub use tokenizer::Tokenizer;

@@ -1,36 +1,48 @@
-//! GGUF to a model in memory.
+//! A model's files to a model in memory.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use kvquant_cache::LayerAttention;
 use kvquant_kernels::rope::Rope;
 use kvquant_kernels::weights::Weight;
 use kvquant_quant::Fingerprint;
 use sha2::{Digest, Sha256};
 
-use crate::config::Config;
+use crate::config::{Config, Tensors};
 use crate::forward::{ForwardError, Layer, Model};
-use crate::gguf::Gguf;
+use crate::source::Source;
 
 impl Model {
-    /// Loads a GGUF file; `progress(done, total)` counts layers.
+    /// Loads a GGUF file or a Hugging Face folder; `progress(done, total)` counts layers.
     ///
     /// # Errors
-    /// The file is broken, or the model is not supported.
-    pub fn load(path: &Path, progress: &mut dyn FnMut(usize, usize)) -> Result<(Self, Gguf), ForwardError> {
-        let g = Gguf::open(path)?;
-        let config = Config::from_gguf(&g)?;
+    /// The files are broken, or the model is not supported.
+    pub fn load(path: &Path, progress: &mut dyn FnMut(usize, usize)) -> Result<(Self, Source), ForwardError> {
+        Self::load_for(path, None, progress)
+    }
+
+    /// [`load`](Model::load) for texts of `context` tokens: some models rotate long texts otherwise than short ones
+    /// (longrope, dynamic NTK). Without, such a model is made for texts up to the length that it was trained with first.
+    ///
+    /// # Errors
+    /// As [`load`](Model::load).
+    pub fn load_for(
+        path: &Path,
+        context: Option<usize>,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<(Self, Source), ForwardError> {
+        let source = Source::open(path)?;
+        let config = Config::read(&source, context)?;
         let c = &config;
-        let embed = Arc::new(g.weight("token_embd.weight", c.vocab, c.hidden)?);
-        // A file without an output matrix ties it to the embedding.
-        let head = match g.tensor("output.weight") {
-            Some(_) => Arc::new(g.weight("output.weight", c.vocab, c.hidden)?),
-            None => embed.clone(),
-        };
+        let t = Tensors { source: &source, family: c.family };
+        let embed = Arc::new(t.weight("token_embd.weight", c.vocab, c.hidden)?);
+        let head = if t.tied() { embed.clone() } else { Arc::new(t.weight("output.weight", c.vocab, c.hidden)?) };
         let mut layers = Vec::with_capacity(c.layers);
         for i in 0..c.layers {
             progress(i, c.layers);
-            layers.push(layer(&g, c, i)?);
+            layers.push(layer(&t, c, i)?);
         }
         progress(c.layers, c.layers);
         let mut hash = Sha256::new();
@@ -38,53 +50,74 @@ impl Model {
             layer.attn_norm.iter().for_each(|x| hash.update(x.to_le_bytes()));
         }
         let fingerprint = Fingerprint {
-            architecture: c.architecture.clone(),
+            architecture: c.family.gguf.to_owned(),
             layers: c.layers,
             kv_heads: c.kv_heads,
             head_dim: c.head_dim,
             norms_sha256: hash.finalize().iter().map(|b| format!("{b:02x}")).collect(),
         };
-        let final_norm = g.vector("output_norm.weight", c.hidden)?;
-        let rope = Arc::new(Rope { inv_freq: c.inv_freq.clone() });
-        Ok((Model { config, embed, layers, final_norm, head, rope, fingerprint }, g))
+        let final_norm = t.norm("output_norm.weight", c.hidden)?;
+        let ropes: Vec<Arc<Rope>> = c.rotary.iter().map(|r| Arc::new(Rope { inv_freq: r.inv_freq.clone() })).collect();
+        let attention =
+            c.attention.iter().map(|a| LayerAttention { rope: ropes[a.rotary].clone(), window: a.window }).collect();
+        Ok((Model { config, embed, layers, final_norm, head, attention, fingerprint }, source))
     }
 }
 
-fn layer(g: &Gguf, c: &Config, i: usize) -> Result<Layer, ForwardError> {
+fn layer(t: &Tensors<'_>, c: &Config, i: usize) -> Result<Layer, ForwardError> {
     let name = |part: &str| format!("blk.{i}.{part}");
     let (wide, narrow) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-    let turned = |w: Weight| if c.half_split_rope { w.permute_rows(&to_adjacent(w.rows(), c.head_dim)) } else { w };
-    let bias = |part: &str, n: usize| if c.qkv_bias { g.vector(&name(part), n).map(Some) } else { Ok(None) };
-    let turned_bias = |b: Option<Vec<f32>>| match b {
-        Some(b) if c.half_split_rope => Some(to_adjacent(b.len(), c.head_dim).into_iter().map(|r| b[r]).collect()),
-        other => other,
+    // Rows of a matrix, or some of them, in the order that this program has them.
+    let order = |rows: Range<usize>, turns: bool| -> Vec<usize> {
+        let first = rows.start;
+        if turns && c.half_split { to_adjacent(rows.len(), c).map(|r| first + r).collect() } else { rows.collect() }
     };
+    let turned = |v: Vec<f32>| order(0..v.len(), true).into_iter().map(|r| v[r]).collect::<Vec<f32>>();
+    let [q, k, v] = if c.family.fused {
+        let all = t.weight(&name("attn_qkv.weight"), wide + 2 * narrow, c.hidden)?;
+        let of = |rows: Range<usize>, turns| all.permute_rows(&order(rows, turns));
+        [of(0..wide, true), of(wide..wide + narrow, true), of(wide + narrow..wide + 2 * narrow, false)]
+    } else {
+        let of = |part: &str, rows| t.weight(&name(part), rows, c.hidden);
+        let turned = |w: Weight| if c.half_split { w.permute_rows(&order(0..w.rows(), true)) } else { w };
+        [turned(of("attn_q.weight", wide)?), turned(of("attn_k.weight", narrow)?), of("attn_v.weight", narrow)?]
+    };
+    let mlp = c.intermediate;
+    let [gate, up] = if c.family.fused {
+        let all = t.weight(&name("ffn_up.weight"), 2 * mlp, c.hidden)?;
+        [all.permute_rows(&order(0..mlp, false)), all.permute_rows(&order(mlp..2 * mlp, false))]
+    } else {
+        [t.weight(&name("ffn_gate.weight"), mlp, c.hidden)?, t.weight(&name("ffn_up.weight"), mlp, c.hidden)?]
+    };
+    let bias = |part: &str, n: usize| if c.qkv_bias { t.vector(&name(part), n).map(Some) } else { Ok(None) };
+    let norm = |there: bool, part: &str, n: usize| if there { t.norm(&name(part), n).map(Some) } else { Ok(None) };
+    let (heads, posts) = (c.family.qk_norm, c.family.post_norms);
     Ok(Layer {
-        attn_norm: g.vector(&name("attn_norm.weight"), c.hidden)?,
-        q: turned(g.weight(&name("attn_q.weight"), wide, c.hidden)?),
-        k: turned(g.weight(&name("attn_k.weight"), narrow, c.hidden)?),
-        v: g.weight(&name("attn_v.weight"), narrow, c.hidden)?,
-        q_bias: turned_bias(bias("attn_q.bias", wide)?),
-        k_bias: turned_bias(bias("attn_k.bias", narrow)?),
+        attn_norm: t.norm(&name("attn_norm.weight"), c.hidden)?,
+        q,
+        k,
+        v,
+        q_bias: bias("attn_q.bias", wide)?.map(turned),
+        k_bias: bias("attn_k.bias", narrow)?.map(turned),
         v_bias: bias("attn_v.bias", narrow)?,
-        o: g.weight(&name("attn_output.weight"), c.hidden, wide)?,
-        ffn_norm: g.vector(&name("ffn_norm.weight"), c.hidden)?,
-        gate: g.weight(&name("ffn_gate.weight"), c.intermediate, c.hidden)?,
-        up: g.weight(&name("ffn_up.weight"), c.intermediate, c.hidden)?,
-        down: g.weight(&name("ffn_down.weight"), c.hidden, c.intermediate)?,
+        q_norm: norm(heads, "attn_q_norm.weight", c.head_dim)?.map(turned),
+        k_norm: norm(heads, "attn_k_norm.weight", c.head_dim)?.map(turned),
+        o: t.weight(&name("attn_output.weight"), c.hidden, wide)?,
+        post_attn_norm: norm(posts, "post_attention_norm.weight", c.hidden)?,
+        ffn_norm: t.norm(&name("ffn_norm.weight"), c.hidden)?,
+        gate,
+        up,
+        down: t.weight(&name("ffn_down.weight"), c.hidden, mlp)?,
+        post_ffn_norm: norm(posts, "post_ffw_norm.weight", c.hidden)?,
     })
 }
 
-/// Row order that turns half-split rope pairs (i, i + D/2) of every head into adjacent ones (2i, 2i + 1).
-fn to_adjacent(rows: usize, head_dim: usize) -> Vec<usize> {
-    let half = head_dim / 2;
-    (0..rows).map(|r| r / head_dim * head_dim + r % head_dim / 2 + if r % 2 == 1 { half } else { 0 }).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn pairs_become_neighbours_head_by_head() {
-        assert_eq!(super::to_adjacent(8, 4), [0, 2, 1, 3, 4, 6, 5, 7]);
-    }
+/// Row order that turns the pairs (i, i + n/2) of the n channels of every head that rotate into neighbours (2i, 2i + 1).
+fn to_adjacent(rows: usize, c: &Config) -> impl Iterator<Item = usize> {
+    let (d, n) = (c.head_dim, c.rope_dims);
+    (0..rows).map(move |r| {
+        let (head, channel) = (r / d * d, r % d);
+        let from = if channel < n { channel / 2 + channel % 2 * (n / 2) } else { channel };
+        head + from
+    })
 }

@@ -122,12 +122,12 @@ pub fn pull(name: &str, progress: &mut Progress<'_>) -> Result<PathBuf, PullErro
     Store::from_env()?.pull(model, progress)
 }
 
-/// The path of a model: an existing file, or a known name, which is pulled.
+/// The path of a model: an existing file or folder, or a known name, which is pulled.
 ///
 /// # Errors
 /// As [`pull`], naming the known models when it is neither.
 pub fn resolve(model: &str, progress: &mut Progress<'_>) -> Result<PathBuf, PullError> {
-    if Path::new(model).is_file() {
+    if Path::new(model).is_file() || Path::new(model).join("config.json").is_file() {
         return Ok(PathBuf::from(model));
     }
     pull(model, progress)

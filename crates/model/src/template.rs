@@ -11,7 +11,9 @@ use std::io;
 
 use minijinja::{Environment, Error, ErrorKind, context};
 
-use crate::gguf::{Gguf, GgufError};
+use crate::gguf::Gguf;
+use crate::source::{Fields, Folder, Source, SourceError};
+use crate::tokenizer::json_token;
 
 const KEY: &str = "tokenizer.chat_template";
 const NAME: &str = "chat";
@@ -34,7 +36,7 @@ pub struct Message {
 pub enum TemplateError {
     /// The model has no template, or names tokens that it has not.
     #[error("{0}; use the model without a chat template (--raw)")]
-    Gguf(#[from] GgufError),
+    Source(#[from] SourceError),
     /// The template refuses the messages, with its own reason.
     #[error("the model's chat template refuses these messages (line {line}): {reason}")]
     Raised {
@@ -83,12 +85,45 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// The template of a model file.
+    /// The template that comes with a model.
+    ///
+    /// # Errors
+    /// There is none, it does not parse, or its file is broken.
+    pub fn from_source(source: &Source) -> Result<Self, TemplateError> {
+        match source {
+            Source::Gguf(g) => Self::from_gguf(g),
+            Source::Folder(f) => Self::from_folder(f),
+        }
+    }
+
+    /// The template of a folder: `chat_template.jinja`, or in `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// There is none, it does not parse, or a file is broken.
+    pub fn from_folder(folder: &Folder) -> Result<Self, TemplateError> {
+        const CONFIG: &str = "tokenizer_config.json";
+        let config = folder.json(CONFIG)?.unwrap_or_default();
+        let stated = &config["chat_template"];
+        // Some list several, one of them by the name of default.
+        let named = || stated.as_array()?.iter().find(|t| t["name"] == "default")?["template"].as_str();
+        let source = match folder.text("chat_template.jinja")? {
+            Some(text) => Some(text),
+            None => stated.as_str().or_else(named).map(str::to_owned),
+        };
+        let source = source.ok_or_else(|| SourceError::MissingKey {
+            path: folder.folder().join(CONFIG),
+            key: "chat_template".to_owned(),
+        })?;
+        let token = |name: &str| json_token(&config[name]).unwrap_or_default();
+        Self::new(&source, token("bos_token"), token("eos_token"))
+    }
+
+    /// The template of a GGUF file.
     ///
     /// # Errors
     /// There is none, it does not parse, or the metadata are broken.
     pub fn from_gguf(g: &Gguf) -> Result<Self, TemplateError> {
-        let token = |key: &str| -> Result<String, GgufError> {
+        let token = |key: &str| -> Result<String, SourceError> {
             let Some(id) = g.opt_uint(key)? else { return Ok(String::new()) };
             let tokens = g.strings("tokenizer.ggml.tokens")?;
             let found = usize::try_from(id).ok().and_then(|id| tokens.get(id));

@@ -1,41 +1,40 @@
-//! Text to ids and back, built from GGUF metadata.
+//! Text to ids and back, built from GGUF metadata or `tokenizer.json`.
 //!
-//! Byte-level BPE with the pre-tokenizers of [`PRE_TOKENIZERS`]; any other is refused by name, since a wrong split gives
-//! wrong ids without an error. Checked id by id against an independent implementation (tests/fixtures/make_tokens.py).
+//! Byte-level BPE with the pre-tokenizers of [`pre_tokenizers`] (any other is refused by name, since a wrong split gives
+//! wrong ids without an error), SentencePiece's BPE, and what a folder's `tokenizer.json` describes with a BPE model.
+//! Checked id by id against an independent implementation (tests/fixtures/make_tokens.py, make_vocabs.py).
 //!
 //! ```text
-//! text ── added tokens cut out ──▶ pieces ── pre-tokenizer's regex ──▶ words ── bytes as letters, merges ──▶ ids
+//! text ── added tokens cut out ──▶ pieces ──┬─ pre-tokenizer's regex ──▶ words ── bytes as letters, merges ──▶ ids
+//!                                           └─ spaces as U+2581, pairs by score (spm) ────────────────────────▶ ids
 //! ```
 //!
 //! Added tokens are cut out here and not by the BPE library: control tokens only on request, so that text from outside
 //! can't end a turn, and without a second copy of the vocabulary.
 
 mod bytes;
+mod json;
+mod pre;
+mod spm;
 mod vocab;
 
 use aho_corasick::AhoCorasick;
 use tokenizers::Tokenizer as Inner;
 use tokenizers::normalizers::unicode::NFC;
-use tokenizers::pre_tokenizers::PreTokenizerWrapper;
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::tokenizer::SplitDelimiterBehavior;
 
-use crate::gguf::{Gguf, GgufError};
+use crate::gguf::Gguf;
+use crate::source::{Fields, Source, SourceError};
+pub(crate) use json::token as json_token;
+use pre::Pre;
+pub use pre::pre_tokenizers;
+use spm::Spm;
 use vocab::{Kind, Vocab};
 
-/// Pre-tokenizers that are understood, as `tokenizer.ggml.pre` names them.
-pub const PRE_TOKENIZERS: [&str; 4] = ["smollm", "qwen2", "gpt-2", "llama-bpe"];
-
 const PRE: &str = "tokenizer.ggml.pre";
-const QWEN2: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// Control tokens that end a turn, whatever the metadata call the end of text.
-const ENDS: [&str; 6] = ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>"];
+const ENDS: [&str; 7] =
+    ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>"];
 
 /// Longest run of white space, in characters. The regex engine gives up near a million, and would then take the rest of
 /// the text for one word.
@@ -46,7 +45,7 @@ const MAX_SPACES: usize = 100_000;
 pub enum TokenizerError {
     /// The metadata are missing, broken or not supported.
     #[error(transparent)]
-    Gguf(#[from] GgufError),
+    Source(#[from] SourceError),
     /// White space without end.
     #[error("the text has {got} white-space characters in a row, at most {max} are accepted; shorten them")]
     Spaces {
@@ -69,35 +68,54 @@ fn library(operation: &'static str) -> impl Fn(tokenizers::Error) -> TokenizerEr
     move |e| TokenizerError::Library { operation, problem: e.to_string() }
 }
 
+/// A token that is cut out of text before anything else.
+#[derive(Debug, Clone)]
+struct Added {
+    id: u32,
+    text: String,
+    kind: Kind,
+    /// Takes the white space before it along.
+    left: bool,
+    /// Takes the white space behind it along.
+    right: bool,
+}
+
 /// Finds added tokens in text.
 #[derive(Debug)]
 struct Finder {
     search: AhoCorasick,
-    /// Id of every pattern.
-    ids: Vec<u32>,
+    /// By pattern.
+    tokens: Vec<Added>,
 }
 
 impl Finder {
     /// Nothing when there is nothing to find.
-    fn new(vocab: &Vocab<'_>, wanted: &[Kind]) -> Result<Option<Self>, TokenizerError> {
-        let found = || vocab.tokens.iter().zip(&vocab.kinds).zip(0u32..).filter(|((_, kind), _)| wanted.contains(kind));
-        let ids: Vec<u32> = found().map(|(_, id)| id).collect();
-        if ids.is_empty() {
+    fn new(added: &[Added], wanted: &[Kind]) -> Result<Option<Self>, TokenizerError> {
+        let tokens: Vec<Added> = added.iter().filter(|a| wanted.contains(&a.kind)).cloned().collect();
+        if tokens.is_empty() {
             return Ok(None);
         }
         let search = AhoCorasick::builder()
             .match_kind(aho_corasick::MatchKind::LeftmostLongest)
-            .build(found().map(|((token, _), _)| token))
+            .build(tokens.iter().map(|a| &a.text))
             .map_err(|e| library("index the added tokens")(e.into()))?;
-        Ok(Some(Self { search, ids }))
+        Ok(Some(Self { search, tokens }))
     }
+}
+
+/// What makes ids of text between added tokens.
+#[derive(Debug)]
+enum Words {
+    /// Merges; knows nothing of added tokens. `later` is for text that does not begin, where that differs.
+    Bpe { first: Box<Inner>, later: Option<Box<Inner>> },
+    /// Pieces with scores.
+    Spm(Spm),
 }
 
 /// Text to ids and back.
 #[derive(Debug)]
 pub struct Tokenizer {
-    /// Words to ids; knows nothing of added tokens.
-    bpe: Inner,
+    words: Words,
     /// User-defined tokens, which are always cut out.
     user: Option<Finder>,
     /// User-defined and control tokens.
@@ -111,28 +129,48 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Builds the tokenizer that a model file describes.
+    /// Builds the tokenizer that comes with a model.
+    ///
+    /// # Errors
+    /// The kind of tokenizer is not supported (the error says what is), or its description is broken.
+    pub fn from_source(source: &Source) -> Result<Self, TokenizerError> {
+        match source {
+            Source::Gguf(g) => Self::from_gguf(g),
+            Source::Folder(f) => Self::from_folder(f),
+        }
+    }
+
+    /// Builds the tokenizer that a GGUF file describes.
     ///
     /// # Errors
     /// The kind of tokenizer is not supported (the error says what is), or the metadata are broken.
     pub fn from_gguf(g: &Gguf) -> Result<Self, TokenizerError> {
         const MODEL: &str = "tokenizer.ggml.model";
-        match g.str(MODEL)? {
-            "gpt2" => {}
-            other => return Err(g.unsupported(MODEL, other, "gpt2 (byte-level BPE)").into()),
-        }
-        let pre = g.str(PRE)?;
-        let vocab = Vocab::read(g)?;
-        let mut bpe = Inner::new(vocab.bpe(g, pre == "llama-bpe")?);
-        bpe.with_pre_tokenizer(Some(pre_tokenizer(g, pre)?));
-        if pre == "qwen2" {
-            // As the model was trained.
-            bpe.with_normalizer(Some(NFC));
-        }
+        let pieces = match g.str(MODEL)? {
+            "gpt2" => false,
+            "llama" => true,
+            other => {
+                return Err(g.unsupported(MODEL, other, "gpt2 (byte-level BPE), llama (SentencePiece BPE)").into());
+            }
+        };
+        let vocab = Vocab::read(g, pieces)?;
+        let (words, bytes, adds_bos) = if pieces {
+            (Words::Spm(Spm::read(g, &vocab)?), vocab.piece_bytes(), true)
+        } else {
+            let name = g.str(PRE)?;
+            let pre = Pre::find(name).ok_or_else(|| g.unsupported(PRE, name, pre_tokenizers().join(", ")))?;
+            let mut bpe = Inner::new(vocab.bpe(g, pre.whole_words)?);
+            bpe.with_pre_tokenizer(Some(pre.build()?));
+            if pre.nfc {
+                // As the model was trained.
+                bpe.with_normalizer(Some(NFC));
+            }
+            (Words::Bpe { first: Box::new(bpe), later: None }, vocab.bytes(), pre.add_bos)
+        };
 
         let bos = vocab.id(g, "tokenizer.ggml.bos_token_id")?;
         // Without the key: what each family was trained with.
-        let add_bos = g.opt_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(pre == "llama-bpe");
+        let add_bos = g.opt_bool("tokenizer.ggml.add_bos_token")?.unwrap_or(adds_bos);
         if add_bos && bos.is_none() {
             return Err(g.field("tokenizer.ggml.bos_token_id", "an id, as add_bos_token is true", "nothing").into());
         }
@@ -140,20 +178,17 @@ impl Tokenizer {
         for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
             end_of_turn.extend(vocab.id(g, key)?);
         }
-        let control = vocab.tokens.iter().zip(&vocab.kinds).zip(0u32..);
-        end_of_turn.extend(
-            control
-                .filter(|((token, kind), _)| **kind == Kind::Control && ENDS.contains(&token.as_str()))
-                .map(|(_, id)| id),
-        );
+        let added = vocab.added();
+        let ends = added.iter().filter(|a| a.kind == Kind::Control && ENDS.contains(&a.text.as_str()));
+        end_of_turn.extend(ends.map(|a| a.id));
         end_of_turn.sort_unstable();
         end_of_turn.dedup();
 
         Ok(Self {
-            user: Finder::new(&vocab, &[Kind::UserDefined])?,
-            special: Finder::new(&vocab, &[Kind::UserDefined, Kind::Control])?,
-            bpe,
-            bytes: vocab.bytes(),
+            user: Finder::new(&added, &[Kind::UserDefined])?,
+            special: Finder::new(&added, &[Kind::UserDefined, Kind::Control])?,
+            words,
+            bytes,
             bos,
             add_bos,
             end_of_turn,
@@ -173,22 +208,39 @@ impl Tokenizer {
             return Err(TokenizerError::Spaces { got, max: MAX_SPACES });
         }
         let mut ids = Vec::new();
-        let mut from = 0;
+        // A text begins, and begins anew after an added token.
+        let (mut from, mut first) = (0, true);
         if let Some(finder) = if special { &self.special } else { &self.user } {
             for found in finder.search.find_iter(text) {
-                self.words(&text[from..found.start()], &mut ids)?;
-                ids.push(finder.ids[found.pattern()]);
+                let token = &finder.tokens[found.pattern()];
+                // White space that the token before took may reach up to here.
+                let before = &text[from.min(found.start())..found.start()];
+                self.words(if token.left { before.trim_end() } else { before }, from == 0, &mut first, &mut ids)?;
+                ids.push(token.id);
+                first = true;
                 from = found.end();
+                if token.right {
+                    from += text[from..].len() - text[from..].trim_start().len();
+                }
             }
         }
-        self.words(&text[from..], &mut ids)?;
+        self.words(&text[from..], from == 0, &mut first, &mut ids)?;
         Ok(ids)
     }
 
-    fn words(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
-        if !text.is_empty() {
-            ids.extend(self.bpe.encode_fast(text, false).map_err(library("tokenize"))?.get_ids());
+    /// Ids of text between added tokens. `begins`: it is the beginning of all; `first`: of text after an added token.
+    fn words(&self, text: &str, begins: bool, first: &mut bool, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+        if text.is_empty() {
+            return Ok(());
         }
+        match &self.words {
+            Words::Bpe { first, later } => {
+                let bpe = later.as_ref().filter(|_| !begins).unwrap_or(first);
+                ids.extend(bpe.encode_fast(text, false).map_err(library("tokenize"))?.get_ids());
+            }
+            Words::Spm(spm) => spm.encode(text, *first, ids),
+        }
+        *first = false;
         Ok(())
     }
 
@@ -234,23 +286,4 @@ fn longest_white(text: &str) -> usize {
         false => (longest.max(run), 0),
     });
     longest.max(last)
-}
-
-fn pre_tokenizer(g: &Gguf, pre: &str) -> Result<PreTokenizerWrapper, TokenizerError> {
-    let split = |pattern: &str| {
-        let pattern = SplitPattern::Regex(pattern.to_owned());
-        Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
-            .map(PreTokenizerWrapper::from)
-            .map_err(library("build the split"))
-    };
-    // Bytes as letters, with or without GPT-2's own split before it.
-    let letters = |split: bool| PreTokenizerWrapper::from(ByteLevel::new(false, true, split));
-    let parts = match pre {
-        "smollm" => vec![Digits::new(true).into(), letters(true)],
-        "qwen2" => vec![split(QWEN2)?, letters(false)],
-        "gpt-2" => vec![letters(true)],
-        "llama-bpe" => vec![split(LLAMA3)?, letters(false)],
-        other => return Err(g.unsupported(PRE, other, PRE_TOKENIZERS.join(", ")).into()),
-    };
-    Ok(Sequence::new(parts).into())
 }

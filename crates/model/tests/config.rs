@@ -3,8 +3,8 @@
 mod common;
 
 use common::gguf::{Builder, Meta};
-use common::{model_path, open};
-use kvquant_model::{Config, Gguf};
+use common::{model_path, source};
+use kvquant_model::{Config, Source};
 
 const HIDDEN: u64 = 8;
 const LAYERS: u32 = 2;
@@ -52,23 +52,23 @@ fn small(arch: &str) -> Builder {
 }
 
 fn config(b: Builder) -> Config {
-    Config::from_gguf(&open(&b)).expect("supported")
+    Config::read(&source(&b), None).expect("supported")
 }
 
 fn refused(b: Builder) -> String {
-    Config::from_gguf(&open(&b)).expect_err("refused").to_string()
+    Config::read(&source(&b), None).expect_err("refused").to_string()
 }
 
 #[test]
 fn smollm2_reads_as_it_is() {
-    let g = Gguf::open(&model_path("smollm2-135m")).expect("opens");
-    let c = Config::from_gguf(&g).expect("supported");
-    assert_eq!((c.architecture.as_str(), c.layers, c.hidden, c.intermediate), ("llama", 30, 576, 1536));
+    let g = Source::open(&model_path("smollm2-135m")).expect("opens");
+    let c = Config::read(&g, None).expect("supported");
+    assert_eq!((c.family.gguf, c.layers, c.hidden, c.intermediate), ("llama", 30, 576, 1536));
     assert_eq!((c.heads, c.kv_heads, c.head_dim, c.vocab, c.context), (9, 3, 64, 49_152, 8192));
-    assert_eq!((c.half_split_rope, c.qkv_bias, c.norm_eps), (false, false, 1e-5));
-    assert_eq!(c.inv_freq.len(), 32);
-    assert_eq!(c.inv_freq[0], 1.0);
-    assert!((c.inv_freq[31] - 1e5f64.powf(-62.0 / 64.0)).abs() < 1e-12);
+    assert_eq!((c.half_split, c.qkv_bias, c.norm_eps), (false, false, 1e-5));
+    assert_eq!(c.rotary[0].inv_freq.len(), 32);
+    assert_eq!(c.rotary[0].inv_freq[0], 1.0);
+    assert!((c.rotary[0].inv_freq[31] - 1e5f64.powf(-62.0 / 64.0)).abs() < 1e-12);
     let embedding = g.weight("token_embd.weight", c.vocab, c.hidden).expect("reads");
     assert_eq!((embedding.rows(), embedding.cols()), (49_152, 576));
     assert!(g.weight("token_embd.weight", c.hidden, c.vocab).is_err());
@@ -77,20 +77,21 @@ fn smollm2_reads_as_it_is() {
 #[test]
 #[ignore = "fetches 491 MB"]
 fn qwen_reads_as_it_is() {
-    let c = Config::from_gguf(&Gguf::open(&model_path("qwen2.5-coder-0.5b")).expect("opens")).expect("supported");
-    assert_eq!((c.architecture.as_str(), c.layers, c.hidden, c.intermediate), ("qwen2", 24, 896, 4864));
+    let g = Source::open(&model_path("qwen2.5-coder-0.5b")).expect("opens");
+    let c = Config::read(&g, None).expect("supported");
+    assert_eq!((c.family.gguf, c.layers, c.hidden, c.intermediate), ("qwen2", 24, 896, 4864));
     assert_eq!((c.heads, c.kv_heads, c.head_dim, c.vocab, c.context), (14, 2, 64, 151_936, 32_768));
-    assert_eq!((c.half_split_rope, c.qkv_bias), (true, true));
+    assert_eq!((c.half_split, c.qkv_bias), (true, true));
 }
 
 #[test]
 fn families_differ_in_pairing_and_biases() {
     let c = config(small("llama"));
-    assert_eq!((c.half_split_rope, c.qkv_bias, c.heads, c.kv_heads, c.head_dim), (false, false, 4, 2, 4));
+    assert_eq!((c.half_split, c.qkv_bias, c.heads, c.kv_heads, c.head_dim), (false, false, 4, 2, 4));
     let c = config(small("qwen2"));
-    assert_eq!((c.half_split_rope, c.qkv_bias), (true, true));
+    assert_eq!((c.half_split, c.qkv_bias), (true, true));
     let e = refused(small("mamba"));
-    assert!(e.contains("mamba") && e.contains("llama, qwen2"), "{e}");
+    assert!(e.contains("mamba") && e.contains("llama, qwen2, qwen3, gemma3, phi3"), "{e}");
     // Biases where a llama has them; all three or none.
     let f32s = |n: usize| vec![0; 4 * n];
     let mut b = small("llama").tensor("blk.0.attn_q.bias", &[16], 0, &f32s(16));
@@ -103,7 +104,7 @@ fn families_differ_in_pairing_and_biases() {
 #[test]
 fn frequencies_follow_base_scaling_and_factors() {
     let near = |b: Builder, expected: &[f64]| {
-        let got = config(b).inv_freq;
+        let got = config(b).rotary[0].inv_freq.clone();
         assert!(got.len() == expected.len() && got.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-9), "{got:?}");
     };
     let key = |k: &str| format!("llama.rope.{k}");
@@ -120,11 +121,12 @@ fn frequencies_follow_base_scaling_and_factors() {
     near(small("llama").tensor("rope_freqs.weight", &[2], 0, &factors([1.0, 8.0])), &[1.0, 0.00125]);
     assert!(refused(small("llama").tensor("rope_freqs.weight", &[2], 0, &factors([1.0, 0.0]))).contains("entry 1"));
     assert!(refused(small("llama").tensor("rope_freqs.weight", &[1], 0, &[0; 4])).contains("rope_freqs.weight"));
-    let yarn = refused(small("llama").meta(&key("scaling.type"), Meta::Str("yarn")));
-    assert!(yarn.contains("yarn") && yarn.contains("none, linear"), "{yarn}");
+    let other = refused(small("llama").meta(&key("scaling.type"), Meta::Str("xpos")));
+    assert!(other.contains("xpos") && other.contains("none, linear, yarn, longrope"), "{other}");
     assert!(refused(small("llama").meta(&key("dimension_count"), Meta::U32(6))).contains("dimension_count"));
     assert!(refused(small("llama").meta(&key("dimension_count"), Meta::U32(3))).contains("dimension_count"));
-    assert!(refused(small("qwen2").meta("qwen2.rope.dimension_count", Meta::U32(2))).contains("whole head"));
+    let part = config(small("qwen2").meta("qwen2.rope.dimension_count", Meta::U32(2)));
+    assert_eq!((part.rope_dims, part.rotary[0].inv_freq.as_slice()), (2, &[1.0, 0.0][..]));
     for bad in [0.0, -1.0, f32::NAN, f32::INFINITY] {
         assert!(refused(small("llama").replace(&key("freq_base"), Some(Meta::F32(bad)))).contains("freq_base"));
     }
@@ -135,10 +137,8 @@ fn features_that_are_not_implemented_are_refused_by_name() {
     let with = |key: &str, value| refused(small("llama").replace(&format!("llama.{key}"), Some(value)));
     for (key, value) in [
         ("expert_count", Meta::U32(8)),
-        ("attention.sliding_window", Meta::U32(32)),
         ("logit_scale", Meta::F32(0.5)),
         ("embedding_scale", Meta::F32(12.0)),
-        ("final_logit_softcapping", Meta::F32(30.0)),
         ("attn_logit_softcapping", Meta::F32(50.0)),
         ("attention.value_length", Meta::U32(8)),
         ("attention.causal", Meta::Bool(0)),
@@ -146,10 +146,15 @@ fn features_that_are_not_implemented_are_refused_by_name() {
         let e = with(key, value);
         assert!(e.contains(&format!("llama.{key}")) && e.contains("supported"), "{e}");
     }
-    assert!(refused(small("llama").meta("split.count", Meta::U32(3))).contains("split.count"));
+    let e = refused(small("qwen2").meta("qwen2.attention.sliding_window", Meta::U32(32)));
+    assert!(e.contains("qwen2.attention.sliding_window") && e.contains("full attention"), "{e}");
     // Values that change nothing.
     config(small("llama").meta("llama.expert_count", Meta::U32(0)).meta("llama.logit_scale", Meta::F32(1.0)));
-    config(small("llama").meta("llama.attention.sliding_window", Meta::U32(64)));
+    let whole = config(small("llama").meta("llama.attention.sliding_window", Meta::U32(64)));
+    assert!(whole.attention.iter().all(|a| a.window.is_none()));
+    let near = config(small("llama").meta("llama.attention.sliding_window", Meta::U32(32)));
+    assert!(near.attention.iter().all(|a| a.window == Some(32)));
+    assert_eq!(config(small("llama").meta("llama.final_logit_softcapping", Meta::F32(30.0))).logit_cap, Some(30.0));
     // A tensor that the forward pass would not use.
     let e = refused(small("llama").tensor("blk.0.attn_q_norm.weight", &[4], 0, &[0; 16]));
     assert!(e.contains("blk.0.attn_q_norm.weight"), "{e}");

@@ -5,10 +5,11 @@ mod common;
 use std::path::Path;
 
 use common::gguf::{Builder, Meta};
-use kvquant_model::gguf::{Gguf, GgufError, Value};
+use kvquant_model::gguf::{Gguf, Value};
+use kvquant_model::source::{Fields, SourceError};
 use proptest::prelude::*;
 
-fn open(bytes: &[u8]) -> Result<Gguf, GgufError> {
+fn open(bytes: &[u8]) -> Result<Gguf, SourceError> {
     let file = tempfile::NamedTempFile::new().expect("temporary file");
     std::fs::write(file.path(), bytes).expect("write");
     Gguf::open(file.path())
@@ -28,7 +29,7 @@ fn sample() -> Builder {
         .tensor("odd", &[5], 99, &[])
 }
 
-fn message(result: Result<Gguf, GgufError>) -> String {
+fn message(result: Result<Gguf, SourceError>) -> String {
     result.expect_err("the file is bad").to_string()
 }
 
@@ -45,12 +46,12 @@ fn a_sound_file_reads_back() {
         assert_eq!(g.opt_ints("ints").expect("ints"), Some(&[1, -2][..]));
         assert_eq!(g.vector("v", 3).expect("f32"), [1.0, 2.0, 3.0]);
         assert_eq!(g.vector("h", 2).expect("f16"), [1.0, 2.0]);
-        assert!(matches!(g.uint("n.i32"), Err(GgufError::KeyType { .. })));
-        assert!(matches!(g.uint("none"), Err(GgufError::MissingKey { .. })));
-        assert!(matches!(g.vector("v", 4), Err(GgufError::Shape { .. })));
-        assert!(matches!(g.vector("w", 4), Err(GgufError::MissingTensor { .. })));
+        assert!(matches!(g.uint("n.i32"), Err(SourceError::KeyType { .. })));
+        assert!(matches!(g.uint("none"), Err(SourceError::MissingKey { .. })));
+        assert!(matches!(g.vector("v", 4), Err(SourceError::Shape { .. })));
+        assert!(matches!(g.vector("w", 4), Err(SourceError::MissingTensor { .. })));
         // A type that nobody knows is refused when it is used, and only then.
-        assert!(matches!(g.vector("odd", 5), Err(GgufError::TensorType { .. })));
+        assert!(matches!(g.vector("odd", 5), Err(SourceError::TensorType { .. })));
     }
 }
 
@@ -125,9 +126,42 @@ fn hostile_tensor_tables_are_refused_by_name() {
 }
 
 #[test]
+fn parts_of_a_split_model_are_joined() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = |n: u32| dir.path().join(format!("m-{n:05}-of-00003.gguf"));
+    let part = |n: u32, count: u32| {
+        let b = Builder::new().meta("split.no", Meta::U32(n)).meta("split.count", Meta::U32(count));
+        let b = if n == 0 { b.meta("split.tensors.count", Meta::I32(3)).meta("k", Meta::Str("v")) } else { b };
+        b.tensor(&format!("t{n}"), &[1], 0, &(n as f32 + 0.5).to_le_bytes())
+    };
+    let write = |n: u32, b: Builder| std::fs::write(path(n + 1), b.build()).expect("writes");
+    (0..3).for_each(|n| write(n, part(n, 3)));
+    let g = Gguf::open(&path(1)).expect("sound");
+    assert_eq!(g.str("k").expect("there"), "v");
+    for n in 0..3 {
+        assert_eq!(g.vector(&format!("t{n}"), 1).expect("reads"), [n as f32 + 0.5]);
+    }
+    let refused = |path: &Path| Gguf::open(path).expect_err("refused").to_string();
+    assert!(refused(&path(2)).contains("first file of a split model"));
+    write(2, part(1, 3));
+    assert!(refused(&path(1)).contains("split.no"));
+    write(2, part(2, 4));
+    assert!(refused(&path(1)).contains("split.count"));
+    write(2, part(2, 3).tensor("t1", &[1], 0, &[0; 4]));
+    assert!(refused(&path(1)).contains("occurs twice"));
+    write(2, part(2, 3).tensor("t3", &[1], 0, &[0; 4]));
+    assert!(refused(&path(1)).contains("split.tensors.count"));
+    std::fs::remove_file(path(3)).expect("removes");
+    assert!(refused(&path(1)).contains("m-00003-of-00003.gguf"));
+    let alone = dir.path().join("alone.gguf");
+    std::fs::write(&alone, part(0, 3).build()).expect("writes");
+    assert!(refused(&alone).contains("NAME-00001-of-00003.gguf"));
+}
+
+#[test]
 fn a_vector_must_be_finite() {
     let g = open(&Builder::new().tensor("v", &[1], 0, &f32::NAN.to_le_bytes()).build()).expect("sound");
-    assert!(matches!(g.vector("v", 1), Err(GgufError::NotFinite { at: 0, .. })));
+    assert!(matches!(g.vector("v", 1), Err(SourceError::NotFinite { at: 0, .. })));
 }
 
 proptest! {

@@ -25,8 +25,8 @@ struct Row {
 }
 
 fn load() -> (Model, Tokenizer) {
-    let (model, gguf) = Model::load(&common::model_path("smollm2-135m"), &mut |_, _| {}).unwrap();
-    let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+    let (model, source) = Model::load(&common::model_path("smollm2-135m"), &mut |_, _| {}).unwrap();
+    let tokenizer = Tokenizer::from_source(&source).unwrap();
     (model, tokenizer)
 }
 

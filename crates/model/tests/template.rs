@@ -75,3 +75,29 @@ fn a_file_without_a_template_says_so() {
     let b = b.meta("tokenizer.ggml.tokens", Meta::Strs(vec!["a"]));
     assert!(ChatTemplate::from_gguf(&open(&b)).expect_err("beyond").to_string().contains("bos_token_id"));
 }
+
+#[test]
+fn folders_bring_theirs() {
+    let from = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let to = tempfile::tempdir().expect("a folder");
+    for dir in ["parity/llama-linear/model", "folder-bytes"] {
+        for file in std::fs::read_dir(from.join(dir)).expect("lists").map(|f| f.expect("an entry")) {
+            std::fs::copy(file.path(), to.path().join(file.file_name())).expect("copies");
+        }
+    }
+    let read = || {
+        let source = kvquant_model::Source::open(to.path()).expect("opens");
+        let t = ChatTemplate::from_source(&source).map_err(|e| e.to_string())?;
+        t.render(&[message("user", "Hi")], true).map_err(|e| e.to_string())
+    };
+    assert_eq!(read().expect("renders"), "<s>Hi<end>");
+    std::fs::write(to.path().join("chat_template.jinja"), "[{{ messages[0].content }}]").expect("writes");
+    assert_eq!(read().expect("renders"), "[Hi]");
+    std::fs::remove_file(to.path().join("chat_template.jinja")).expect("removes");
+    let several = r#"{"chat_template": [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]}"#;
+    std::fs::write(to.path().join("tokenizer_config.json"), several).expect("writes");
+    assert_eq!(read().expect("renders"), "yes");
+    std::fs::write(to.path().join("tokenizer_config.json"), "{}").expect("writes");
+    let e = read().expect_err("none");
+    assert!(e.contains("chat_template is missing") && e.contains("--raw"), "{e}");
+}

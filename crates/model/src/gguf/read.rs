@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{BufReader, Read, Seek};
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use super::{Gguf, GgufError, TensorInfo, Value};
+use super::{Gguf, Part, TensorInfo, Value};
+use crate::source::SourceError;
 
 pub(super) const F32: u32 = 0;
 pub(super) const F16: u32 = 1;
@@ -71,8 +72,8 @@ struct Reader<'a> {
     entries_left: u64,
 }
 
-pub(super) fn open(path: &Path) -> Result<Gguf, GgufError> {
-    let opened = |source| GgufError::Open { path: path.to_owned(), source };
+pub(super) fn open(path: &Path) -> Result<Gguf, SourceError> {
+    let opened = |source| SourceError::Open { path: path.to_owned(), source };
     // Asked before opening, which would wait on a pipe.
     if !std::fs::metadata(path).map_err(opened)?.is_file() {
         return Err(opened(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file")));
@@ -83,12 +84,12 @@ pub(super) fn open(path: &Path) -> Result<Gguf, GgufError> {
 
     let magic: [u8; 4] = r.bytes("magic")?;
     if magic != *b"GGUF" {
-        return Err(GgufError::Magic { path: path.to_owned(), got: magic });
+        return Err(SourceError::Magic { path: path.to_owned(), got: magic });
     }
     let version = r.u32("version")?;
     if !matches!(version, 2 | 3) {
         let hint = if matches!(version.swap_bytes(), 2 | 3) { " (a big-endian file)" } else { "" };
-        return Err(GgufError::Version { path: path.to_owned(), got: version, hint });
+        return Err(SourceError::Version { path: path.to_owned(), got: version, hint });
     }
     let tensor_count = r.u64("tensor count")?;
     r.cap("tensor count", tensor_count, MAX_TENSORS)?;
@@ -107,20 +108,15 @@ pub(super) fn open(path: &Path) -> Result<Gguf, GgufError> {
         metadata,
         tensors,
         index,
-        data_start,
-        file: Mutex::new({
-            let mut file = r.file.into_inner();
-            file.rewind().map_err(opened)?;
-            file
-        }),
+        parts: vec![Part { path: path.to_owned(), data_start, file: Mutex::new(r.file.into_inner()) }],
     })
 }
 
 /// Every tensor aligned, inside the file, and apart from every other.
-fn check_layout(path: &Path, tensors: &[TensorInfo], alignment: u64, data_len: u64) -> Result<(), GgufError> {
+fn check_layout(path: &Path, tensors: &[TensorInfo], alignment: u64, data_len: u64) -> Result<(), SourceError> {
     for t in tensors {
         if !t.offset.is_multiple_of(alignment) {
-            return Err(GgufError::Field {
+            return Err(SourceError::Field {
                 path: path.to_owned(),
                 field: format!("offset of tensor {}", t.name),
                 expected: format!("a multiple of the alignment {alignment}"),
@@ -129,7 +125,7 @@ fn check_layout(path: &Path, tensors: &[TensorInfo], alignment: u64, data_len: u
         }
         let left = data_len.checked_sub(t.offset);
         if left.is_none_or(|left| t.bytes > left) {
-            return Err(GgufError::Truncated {
+            return Err(SourceError::Truncated {
                 path: path.to_owned(),
                 field: format!("tensor {}", t.name),
                 needed: t.bytes,
@@ -143,7 +139,7 @@ fn check_layout(path: &Path, tensors: &[TensorInfo], alignment: u64, data_len: u
         let end = pair[0].offset + pair[0].bytes;
         // Two tensors at one place overlap even when the length of the first is not known.
         if pair[1].offset < end || pair[1].offset == pair[0].offset {
-            return Err(GgufError::Field {
+            return Err(SourceError::Field {
                 path: path.to_owned(),
                 field: format!("offset of tensor {}", pair[1].name),
                 expected: format!("at least {end}, where tensor {} ends", pair[0].name),
@@ -159,24 +155,24 @@ impl Reader<'_> {
         self.path.to_owned()
     }
 
-    fn cap(&self, field: &str, got: u64, max: u64) -> Result<(), GgufError> {
+    fn cap(&self, field: &str, got: u64, max: u64) -> Result<(), SourceError> {
         if got <= max {
             return Ok(());
         }
-        Err(GgufError::Cap { path: self.path(), field: field.to_owned(), got, max })
+        Err(SourceError::Cap { path: self.path(), field: field.to_owned(), got, max })
     }
 
-    fn need(&self, field: &str, needed: u64) -> Result<(), GgufError> {
+    fn need(&self, field: &str, needed: u64) -> Result<(), SourceError> {
         let left = self.len.saturating_sub(self.at);
         if needed <= left {
             return Ok(());
         }
-        Err(GgufError::Truncated { path: self.path(), field: field.to_owned(), needed, left })
+        Err(SourceError::Truncated { path: self.path(), field: field.to_owned(), needed, left })
     }
 
-    fn fill(&mut self, field: &str, out: &mut [u8]) -> Result<(), GgufError> {
+    fn fill(&mut self, field: &str, out: &mut [u8]) -> Result<(), SourceError> {
         self.need(field, out.len() as u64)?;
-        self.file.read_exact(out).map_err(|source| GgufError::Read {
+        self.file.read_exact(out).map_err(|source| SourceError::Read {
             path: self.path(),
             field: field.to_owned(),
             source,
@@ -185,21 +181,21 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn bytes<const N: usize>(&mut self, field: &str) -> Result<[u8; N], GgufError> {
+    fn bytes<const N: usize>(&mut self, field: &str) -> Result<[u8; N], SourceError> {
         let mut out = [0; N];
         self.fill(field, &mut out)?;
         Ok(out)
     }
 
-    fn u32(&mut self, field: &str) -> Result<u32, GgufError> {
+    fn u32(&mut self, field: &str) -> Result<u32, SourceError> {
         self.bytes(field).map(u32::from_le_bytes)
     }
 
-    fn u64(&mut self, field: &str) -> Result<u64, GgufError> {
+    fn u64(&mut self, field: &str) -> Result<u64, SourceError> {
         self.bytes(field).map(u64::from_le_bytes)
     }
 
-    fn string(&mut self, field: &str, max: u64) -> Result<String, GgufError> {
+    fn string(&mut self, field: &str, max: u64) -> Result<String, SourceError> {
         let len = self.u64(field)?;
         self.need(field, len)?;
         self.cap(field, len, max)?;
@@ -211,25 +207,25 @@ impl Reader<'_> {
         })
     }
 
-    fn field(&self, field: &str, expected: impl Into<String>, got: impl Into<String>) -> GgufError {
-        GgufError::Field { path: self.path(), field: field.to_owned(), expected: expected.into(), got: got.into() }
+    fn field(&self, field: &str, expected: impl Into<String>, got: impl Into<String>) -> SourceError {
+        SourceError::Field { path: self.path(), field: field.to_owned(), expected: expected.into(), got: got.into() }
     }
 
-    fn metadata(&mut self, count: u64) -> Result<BTreeMap<String, Value>, GgufError> {
+    fn metadata(&mut self, count: u64) -> Result<BTreeMap<String, Value>, SourceError> {
         let mut out = BTreeMap::new();
         for i in 0..count {
             let key = self.string(&format!("metadata key {i}"), MAX_NAME)?;
             let ty = self.u32(&key)?;
             let value = if ty == 9 { self.array(&key)? } else { self.scalar(&key, ty)? };
             if out.contains_key(&key) {
-                return Err(GgufError::Duplicate { path: self.path(), what: "metadata key", name: key });
+                return Err(SourceError::Duplicate { path: self.path(), what: "metadata key", name: key });
             }
             out.insert(key, value);
         }
         Ok(out)
     }
 
-    fn scalar(&mut self, key: &str, ty: u32) -> Result<Value, GgufError> {
+    fn scalar(&mut self, key: &str, ty: u32) -> Result<Value, SourceError> {
         Ok(match ty {
             0 => Value::U64(u8::from_le_bytes(self.bytes(key)?).into()),
             1 => Value::I64(i8::from_le_bytes(self.bytes(key)?).into()),
@@ -251,7 +247,7 @@ impl Reader<'_> {
         })
     }
 
-    fn array(&mut self, key: &str) -> Result<Value, GgufError> {
+    fn array(&mut self, key: &str) -> Result<Value, SourceError> {
         let ty = self.u32(key)?;
         let count = self.u64(key)?;
         // The fewest bytes that an entry takes; a string is at least its length.
@@ -289,7 +285,7 @@ impl Reader<'_> {
         ty: u32,
         n: usize,
         narrow: impl Fn(Value) -> Option<T>,
-    ) -> Result<Vec<T>, GgufError> {
+    ) -> Result<Vec<T>, SourceError> {
         (0..n)
             .map(|i| {
                 let value = self.scalar(key, ty)?;
@@ -299,7 +295,7 @@ impl Reader<'_> {
             .collect()
     }
 
-    fn alignment(&self, metadata: &BTreeMap<String, Value>) -> Result<u64, GgufError> {
+    fn alignment(&self, metadata: &BTreeMap<String, Value>) -> Result<u64, SourceError> {
         const KEY: &str = "general.alignment";
         let expected = || format!("a power of two up to {MAX_ALIGNMENT}");
         match metadata.get(KEY) {
@@ -310,20 +306,20 @@ impl Reader<'_> {
         }
     }
 
-    fn tensors(&mut self, count: u64) -> Result<(Vec<TensorInfo>, HashMap<String, usize>), GgufError> {
+    fn tensors(&mut self, count: u64) -> Result<(Vec<TensorInfo>, HashMap<String, usize>), SourceError> {
         let mut tensors = Vec::new();
         let mut index = HashMap::new();
         for i in 0..count {
             let info = self.tensor(i)?;
             if index.insert(info.name.clone(), tensors.len()).is_some() {
-                return Err(GgufError::Duplicate { path: self.path(), what: "tensor", name: info.name });
+                return Err(SourceError::Duplicate { path: self.path(), what: "tensor", name: info.name });
             }
             tensors.push(info);
         }
         Ok((tensors, index))
     }
 
-    fn tensor(&mut self, i: u64) -> Result<TensorInfo, GgufError> {
+    fn tensor(&mut self, i: u64) -> Result<TensorInfo, SourceError> {
         let name = self.string(&format!("name of tensor {i}"), MAX_NAME)?;
         let field = format!("dims of tensor {name}");
         let rank = self.u32(&field)?;
@@ -349,6 +345,6 @@ impl Reader<'_> {
                     .ok_or_else(|| self.field(&field, "a size below 2^64 bytes", format!("{dims:?}")))?
             }
         };
-        Ok(TensorInfo { name, dims, ty, offset, bytes })
+        Ok(TensorInfo { name, dims, ty, part: 0, offset, bytes })
     }
 }

@@ -88,7 +88,7 @@ pub const KNOWN: &[KnownModel] = &[
         size: 253_113_024,
         sha256: "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         architecture: "gemma3",
-        description: "Gemma 3 270M, Q4_K_M, context 32768 (architecture not run by this version)",
+        description: "Gemma 3 270M, Q4_K_M, context 32768",
     },
 ];
 

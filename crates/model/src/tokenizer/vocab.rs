@@ -4,8 +4,9 @@ use std::collections::HashMap;
 
 use tokenizers::models::bpe::{BPE, Vocab as BpeVocab};
 
-use super::{TokenizerError, bytes, library};
-use crate::gguf::{Gguf, GgufError};
+use super::{Added, TokenizerError, bytes, library, spm};
+use crate::gguf::Gguf;
+use crate::source::{Fields, SourceError};
 
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const TYPES: &str = "tokenizer.ggml.token_type";
@@ -20,6 +21,8 @@ pub(super) enum Kind {
     Control,
     /// Text that always becomes this token.
     UserDefined,
+    /// A byte of text that no piece has.
+    Byte,
     /// Padding of the table, the unknown token: never made from text.
     Unused,
 }
@@ -32,21 +35,26 @@ pub(super) struct Vocab<'a> {
 }
 
 impl<'a> Vocab<'a> {
-    pub fn read(g: &'a Gguf) -> Result<Self, GgufError> {
+    /// `pieces`: of SentencePiece, where some tokens are single bytes.
+    pub fn read(g: &'a Gguf, pieces: bool) -> Result<Self, SourceError> {
         let tokens = g.strings(TOKENS)?;
-        let types =
-            g.opt_ints(TYPES)?.ok_or_else(|| GgufError::MissingKey { path: g.path.clone(), key: TYPES.to_owned() })?;
+        let types = g
+            .opt_ints(TYPES)?
+            .ok_or_else(|| SourceError::MissingKey { path: g.path.clone(), key: TYPES.to_owned() })?;
         if types.len() != tokens.len() {
             let expected = format!("{} entries, one for each token", tokens.len());
             return Err(g.field(TYPES, expected, types.len().to_string()));
         }
         let kinds = types.iter().zip(tokens).enumerate().map(|(id, (ty, token))| match ty {
+            6 if pieces => Ok(Kind::Byte),
             1 | 6 => Ok(Kind::Normal),
             3 | 4 if token.is_empty() => {
                 Err(g.field(&format!("{TOKENS}, entry {id}"), "text, as it is an added token", "nothing"))
             }
             3 => Ok(Kind::Control),
             4 => Ok(Kind::UserDefined),
+            // SentencePiece's unknown token is a control token by its nature.
+            2 if pieces => Ok(Kind::Control),
             2 | 5 => Ok(Kind::Unused),
             other => Err(g.field(&format!("{TYPES}, entry {id}"), "1 to 6", other.to_string())),
         });
@@ -58,7 +66,7 @@ impl<'a> Vocab<'a> {
             let before = match kind {
                 Kind::Normal => normal.insert(token.as_str(), id),
                 Kind::Control | Kind::UserDefined => added.insert(token.as_str(), id),
-                Kind::Unused => None,
+                Kind::Byte | Kind::Unused => None,
             };
             if let Some(before) = before {
                 let field = format!("{TOKENS}, entry {id}");
@@ -95,12 +103,30 @@ impl<'a> Vocab<'a> {
     }
 
     /// An id that the metadata name, if they do.
-    pub fn id(&self, g: &Gguf, key: &str) -> Result<Option<u32>, GgufError> {
+    pub fn id(&self, g: &Gguf, key: &str) -> Result<Option<u32>, SourceError> {
         match g.opt_uint(key)? {
             None => Ok(None),
             Some(id) if id < self.tokens.len() as u64 => Ok(Some(id as u32)),
             Some(id) => Err(g.field(key, format!("an id below {}", self.tokens.len()), id.to_string())),
         }
+    }
+
+    /// Control and user-defined tokens.
+    pub fn added(&self) -> Vec<Added> {
+        let all = self.tokens.iter().zip(&self.kinds).zip(0u32..);
+        all.filter(|((_, kind), _)| matches!(kind, Kind::Control | Kind::UserDefined))
+            .map(|((text, kind), id)| Added { id, text: text.clone(), kind: *kind, left: false, right: false })
+            .collect()
+    }
+
+    /// Bytes of every piece: with spaces, of byte tokens the byte, of others as they are.
+    pub fn piece_bytes(&self) -> Vec<Vec<u8>> {
+        let one = |(token, kind): (&String, &Kind)| match (kind, spm::byte(token)) {
+            (Kind::Byte, Some(byte)) => vec![byte],
+            (Kind::Normal | Kind::UserDefined, _) => token.replace(spm::SPACE, " ").into_bytes(),
+            _ => token.as_bytes().to_vec(),
+        };
+        self.tokens.iter().zip(&self.kinds).map(one).collect()
     }
 
     /// Bytes of every token: of normal ones by their letters, of others as they are.

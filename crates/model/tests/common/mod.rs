@@ -6,7 +6,7 @@ pub mod gguf;
 use std::path::{Path, PathBuf};
 
 use gguf::Builder;
-use kvquant_model::Gguf;
+use kvquant_model::{Gguf, Source};
 
 /// A known model's file, fetched when it is not there yet.
 pub fn model_path(name: &str) -> PathBuf {
@@ -25,4 +25,9 @@ pub fn open(builder: &Builder) -> Gguf {
     let file = tempfile::NamedTempFile::new().expect("temporary file");
     std::fs::write(file.path(), builder.build()).expect("write");
     Gguf::open(file.path()).expect("a sound container")
+}
+
+/// The same as a model's source.
+pub fn source(builder: &Builder) -> Source {
+    Source::Gguf(open(builder))
 }

@@ -1,13 +1,13 @@
-//! What can be wrong with a GGUF file.
+//! What can be wrong with a model's files.
 
 use std::io;
 use std::path::PathBuf;
 
 use kvquant_kernels::weights::WeightError;
 
-/// A GGUF file can't be used; each variant names the file, the field and, where there is one, the way out.
+/// A model file can't be used; each variant names the file, the field and, where there is one, the way out.
 #[derive(Debug, thiserror::Error)]
-pub enum GgufError {
+pub enum SourceError {
     /// The file is missing or can't be opened.
     #[error("{path}: can't open the model file: {source}; check the path and its permissions, or fetch a known model with `kvquant pull`", path = .path.display())]
     Open {
@@ -56,6 +56,14 @@ pub enum GgufError {
         /// Bytes from its start to the end of the file.
         left: u64,
     },
+    /// A JSON file does not parse.
+    #[error("{path}: not the JSON that it should be: {source}; fetch the file again", path = .path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
     /// A count or length is beyond what any sound file has.
     #[error("{path}: {field} is {got}, at most {max} is accepted; the file is damaged or not meant for this program", path = .path.display())]
     Cap {
@@ -103,7 +111,7 @@ pub enum GgufError {
         supported: String,
     },
     /// A metadata key that is needed is missing.
-    #[error("{path}: metadata key {key} is missing; convert the model again with a current converter", path = .path.display())]
+    #[error("{path}: metadata key {key} is missing; fetch the model again, or convert it with a current converter", path = .path.display())]
     MissingKey {
         /// The file.
         path: PathBuf,
@@ -111,7 +119,7 @@ pub enum GgufError {
         key: String,
     },
     /// A metadata value is of another kind.
-    #[error("{path}: metadata key {key} is {got}, expected {expected}; convert the model again", path = .path.display())]
+    #[error("{path}: metadata key {key} is {got}, expected {expected}; fetch or convert the model again", path = .path.display())]
     KeyType {
         /// The file.
         path: PathBuf,
@@ -130,16 +138,16 @@ pub enum GgufError {
         /// The tensor.
         tensor: String,
     },
-    /// A tensor's dims are not what the metadata promise.
-    #[error("{path}: tensor {tensor} has dims {got:?} (innermost first), the metadata promise {expected:?}; the file contradicts itself: fetch or convert it again", path = .path.display())]
+    /// A tensor's shape is not what the metadata promise.
+    #[error("{path}: tensor {tensor} has shape {got:?}, the metadata promise {expected:?}; the file contradicts itself: fetch or convert it again", path = .path.display())]
     Shape {
         /// The file.
         path: PathBuf,
         /// The tensor.
         tensor: String,
-        /// Dims by the metadata, innermost first.
+        /// By the metadata, rows first.
         expected: Vec<u64>,
-        /// Dims in the file.
+        /// In the file.
         got: Vec<u64>,
     },
     /// A tensor's type has no kernel.
