@@ -24,6 +24,7 @@ mod edge;
 mod error;
 mod layer;
 mod sequence;
+mod transform;
 mod turns;
 
 pub use bytes::Bytes;

@@ -13,6 +13,7 @@ use crate::bytes::Bytes;
 use crate::coded::{Layout, Quantizers};
 use crate::error::CacheError;
 use crate::layer::{Codec, Layer};
+use crate::transform::Transform;
 use crate::turns::Turns;
 
 /// The shape of a model's attention.
@@ -66,6 +67,8 @@ pub struct Cache {
     pre_rope: bool,
     sinks: usize,
     layers: Vec<Layer>,
+    /// Where widths are mixed: one a layer.
+    transforms: Vec<Transform>,
     /// One entry for each rope.
     turns: Vec<Turns>,
     /// Which of them a layer uses.
@@ -123,6 +126,11 @@ impl Cache {
         {
             return Err(CacheError::Length { what: "quantizer layers", expected: shape.layers, got: fit.layers.len() });
         }
+        let transforms = fit.iter().flat_map(|f| &f.layers).filter_map(|l| {
+            let (keys, values) = (l.keys.mixed.as_ref()?, l.values.mixed.as_ref()?);
+            Some(Transform::new(keys, values, &shape))
+        });
+        let transforms = transforms.collect();
         let layers = (0..shape.layers)
             .map(|i| {
                 let window = attention[i].window;
@@ -149,6 +157,7 @@ impl Cache {
             pre_rope: matches!(spec, Spec::Coded(c) if c.stage == KeyStage::PreRope),
             sinks: spec.sinks(),
             layers,
+            transforms,
             turns,
             turns_of,
             len: 0,
@@ -190,6 +199,16 @@ impl Cache {
         prefill: Prefill,
         out: &mut [f32],
     ) -> Result<(), CacheError> {
+        let CacheShape { heads, kv_heads, head_dim: d, .. } = self.shape;
+        let Some(t) = self.transforms.get(layer) else { return self.store_and_attend(layer, q, k, v, prefill, out) };
+        self.check_lengths(q, k, v, out)?;
+        let (q, k, v) = (t.turn(q, heads, d), t.turn(k, kv_heads, d), t.project(v, d));
+        self.store_and_attend(layer, &q, &k, &v, prefill, out)?;
+        self.transforms[layer].restore(out, heads, d);
+        Ok(())
+    }
+
+    fn check_lengths(&self, q: &[f32], k: &[f32], v: &[f32], out: &[f32]) -> Result<(), CacheError> {
         let (c, wide) = (self.shape.channels(), self.shape.heads * self.shape.head_dim);
         let n = k.len() / c;
         for (what, expected, got) in [
@@ -202,6 +221,21 @@ impl Cache {
                 return Err(CacheError::Length { what, expected, got });
             }
         }
+        Ok(())
+    }
+
+    fn store_and_attend(
+        &mut self,
+        layer: usize,
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        prefill: Prefill,
+        out: &mut [f32],
+    ) -> Result<(), CacheError> {
+        let (c, wide) = (self.shape.channels(), self.shape.heads * self.shape.head_dim);
+        let n = k.len() / c;
+        self.check_lengths(q, k, v, out)?;
         if n == 0 {
             return Ok(());
         }

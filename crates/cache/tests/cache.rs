@@ -25,8 +25,15 @@ fn quantizer(spec: &Spec) -> Quantizer {
             upper: vec![0.97; channels],
             encode: signposts.clone(),
             decode: signposts.clone(),
+            mixed: None,
         },
-        values: SideFit { lower: vec![], upper: vec![], encode: signposts.clone(), decode: signposts.clone() },
+        values: SideFit {
+            lower: vec![],
+            upper: vec![],
+            encode: signposts.clone(),
+            decode: signposts.clone(),
+            mixed: None,
+        },
     };
     Quantizer {
         model: Fingerprint {

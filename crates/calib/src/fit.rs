@@ -50,13 +50,13 @@ impl SideData {
         let normalizer = self.normalizer(layer, spec)?;
         let (encode, decode) = match spec.codebook {
             CodebookKind::Nuq => self.codebook(layer, spec, &normalizer)?,
-            CodebookKind::Int | CodebookKind::Nf => (Vec::new(), Vec::new()),
+            CodebookKind::Int | CodebookKind::Nf | CodebookKind::Mix { .. } => (Vec::new(), Vec::new()),
         };
         let (lower, upper) = match normalizer {
             Normalizer::Channel { lower, upper } => (lower, upper),
             Normalizer::Token(_) => (Vec::new(), Vec::new()),
         };
-        Ok(SideFit { lower, upper, encode, decode })
+        Ok(SideFit { lower, upper, encode, decode, mixed: None })
     }
 
     fn normalizer(&self, layer: usize, spec: &CodedSpec) -> Result<Normalizer, CalibError> {
@@ -79,6 +79,7 @@ impl SideData {
                 upper: vec![1.0; ranges],
                 encode: posts.clone(),
                 decode: posts.clone(),
+                mixed: None,
             }
         };
         let any = LayerFit { keys: any(spec.keys), values: any(spec.values) };

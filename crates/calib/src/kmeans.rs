@@ -23,14 +23,48 @@ pub(crate) struct Histogram {
 
 impl Histogram {
     pub(crate) fn new() -> Self {
-        Histogram { bins: vec![[0.0; 3]; BINS] }
+        Self::with_bins(BINS)
+    }
+
+    /// Fewer bins, for data of one channel.
+    pub(crate) fn with_bins(bins: usize) -> Self {
+        Histogram { bins: vec![[0.0; 3]; bins] }
+    }
+
+    /// Sums of each bin: weight, weight x, weight x^2.
+    pub(crate) fn sums(&self) -> &[[f64; 3]] {
+        &self.bins
+    }
+
+    /// For each k of `ks` (ascending): the best signposts, at most k of them, and their weighted squared error.
+    pub(crate) fn best_of(&self, ks: &[usize]) -> Vec<(Vec<f32>, f64)> {
+        let bins: Vec<[f64; 3]> = self.bins.iter().filter(|b| b[0] > 0.0).copied().collect();
+        if bins.is_empty() {
+            return vec![(vec![0.0], 0.0); ks.len()];
+        }
+        let mut sums = vec![[0.0; 3]; bins.len() + 1];
+        for (i, b) in bins.iter().enumerate() {
+            sums[i + 1] = [sums[i][0] + b[0], sums[i][1] + b[1], sums[i][2] + b[2]];
+        }
+        let most = ks.last().map_or(1, |k| (*k).min(bins.len()));
+        let (costs, from) = tables(&sums, most);
+        ks.iter()
+            .map(|&k| {
+                let k = k.min(bins.len());
+                let borders = walk(&from[..k - 1], bins.len());
+                let mut posts: Vec<f32> = borders.windows(2).map(|w| mean(&sums, w[0], w[1]) as f32).collect();
+                posts.dedup();
+                (posts, costs[k - 1])
+            })
+            .collect()
     }
 
     /// Adds a point in [-1, 1] (rounding a little beyond goes to the outer bins).
     #[inline]
     pub(crate) fn add(&mut self, x: f32, weight: f64) {
-        let bin = ((x + 1.0) * (BINS as f32 / 2.0)).max(0.0) as usize;
-        let (sums, x) = (&mut self.bins[bin.min(BINS - 1)], f64::from(x));
+        let bins = self.bins.len();
+        let bin = ((x + 1.0) * (bins as f32 / 2.0)).max(0.0) as usize;
+        let (sums, x) = (&mut self.bins[bin.min(bins - 1)], f64::from(x));
         sums[0] += weight;
         sums[1] += weight * x;
         sums[2] += weight * x * x;
@@ -84,17 +118,28 @@ fn cost(sums: &[[f64; 3]], i: usize, j: usize) -> f64 {
 
 /// Borders `0 = b_0 < b_1 < ... < b_k = bins` of the best clustering.
 fn borders(sums: &[[f64; 3]], k: usize) -> Vec<usize> {
+    walk(&tables(sums, k).1, sums.len() - 1)
+}
+
+/// The least cost of all bins for 1 to k clusters, and `from[c][j]`: where the last of c + 2 clusters of bins 0..j
+/// begins.
+fn tables(sums: &[[f64; 3]], k: usize) -> (Vec<f64>, Vec<Vec<usize>>) {
     let bins = sums.len() - 1;
     let mut best: Vec<f64> = (0..=bins).map(|j| cost(sums, 0, j)).collect();
-    // from[c][j]: where the last of c + 2 clusters of bins 0..j begins.
-    let mut from = Vec::new();
+    let (mut costs, mut from) = (vec![best[bins]], Vec::new());
     for clusters in 2..=k {
         let mut next = vec![f64::INFINITY; bins + 1];
         let mut start = vec![0; bins + 1];
         solve(sums, &best, &mut next, &mut start, (clusters, bins), (clusters - 1, bins - 1));
         best = next;
+        costs.push(best[bins]);
         from.push(start);
     }
+    (costs, from)
+}
+
+/// Borders of the clustering that `from` leads to.
+fn walk(from: &[Vec<usize>], bins: usize) -> Vec<usize> {
     let mut borders = vec![bins];
     let mut j = bins;
     for start in from.iter().rev() {

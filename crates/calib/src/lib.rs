@@ -4,6 +4,7 @@
 //! windows of ids ──forward, backward──▶ keys, values and their gradients, per layer     gradients, layer, attention
 //!                ──percentiles───────▶ thresholds                                        thresholds
 //!                ──weighted k-means──▶ signposts                                         kmeans, fit
+//!                ──axes, books of all widths, choice──▶ mixed widths                     mixed
 //! ```
 //!
 //! One backward pass serves every spec: bits, outlier share, sinks, weights, RoPE stage and Q-Norm differ only in
@@ -16,6 +17,7 @@ mod fit;
 mod gradients;
 mod kmeans;
 mod layer;
+mod mixed;
 mod ops;
 mod sample;
 mod samples;
@@ -26,13 +28,14 @@ mod thresholds;
 pub use error::CalibError;
 pub use sample::{sample_windows, sample_windows_from};
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kvquant_model::Model;
-use kvquant_quant::{CodedSpec, Fit, KeyStage, LayerFit, Provenance, Quantizer, Side, Spec};
+use kvquant_quant::{CodebookKind, CodedSpec, Fit, KeyStage, LayerFit, Provenance, Quantizer, Side, Spec};
 
 use crate::fit::SideData;
 use crate::gradients::Rotations;
+use crate::mixed::Books;
 use crate::samples::SideSamples;
 
 /// How far a calibration has come.
@@ -93,15 +96,38 @@ pub fn calibrate_within(
     let total = samples.len();
     let mut fits: Vec<Fit> =
         specs.iter().map(|s| Fit { spec: Spec::Coded(s.clone()), layers: Vec::with_capacity(samples.len()) }).collect();
+    let mut books: BTreeMap<usize, Vec<(Books, Books)>> =
+        specs.iter().filter(|s| mean_bits(s).is_some()).map(|s| (s.sinks, Vec::new())).collect();
     for (layer, sides) in samples.into_iter().enumerate() {
         progress(Progress { stage: "codebooks, layer", done: layer, total });
+        for (sinks, books) in &mut books {
+            let of = |side, samples| Books::new(side_data(model, side, samples, ctx), *sinks);
+            books.push((of(Side::Key, &sides.keys), of(Side::Value, &sides.values)));
+        }
         let fitted = fit_layer(model, layer, sides, &specs, ctx, &rotations)?;
-        fits.iter_mut().zip(fitted).for_each(|(fit, layer)| fit.layers.push(layer));
+        let plain = specs.iter().zip(&mut fits).filter(|(s, _)| mean_bits(s).is_none());
+        plain.zip(fitted).for_each(|((_, fit), layer)| fit.layers.push(layer));
+    }
+    for (spec, fit) in specs.iter().zip(&mut fits) {
+        if let Some(hundredths) = mean_bits(spec) {
+            fit.layers = mixed::fits(&books[&spec.sinks], hundredths);
+        }
     }
     progress(Progress { stage: "codebooks, layer", done: total, total });
     let tool = concat!("kvquant ", env!("CARGO_PKG_VERSION")).to_owned();
     let provenance = Provenance { text: text_name.to_owned(), windows: windows.len(), ctx, tool };
     Ok(Quantizer { model: model.fingerprint.clone(), provenance, fits })
+}
+
+/// Mean bits in hundredths, where widths differ.
+fn mean_bits(spec: &CodedSpec) -> Option<u32> {
+    if let CodebookKind::Mix { hundredths } = spec.codebook { Some(hundredths) } else { None }
+}
+
+fn side_data(model: &Model, side: Side, samples: &SideSamples, ctx: usize) -> SideData {
+    let (values, gradients) = samples.unpack();
+    let (kv_heads, head_dim) = (model.config.kv_heads, model.config.head_dim);
+    SideData { side, values, gradients, ctx, kv_heads, head_dim }
 }
 
 /// Keys and values of one layer.
@@ -214,7 +240,7 @@ fn collect(
     Ok(samples)
 }
 
-/// One layer's fits, in the order of the specs.
+/// One layer's fits, in the order of those specs that have one width.
 fn fit_layer(
     model: &Model,
     layer: usize,
@@ -223,11 +249,8 @@ fn fit_layer(
     ctx: usize,
     rotations: &Rotations,
 ) -> Result<Vec<LayerFit>, CalibError> {
-    let data = |side, samples: &SideSamples| {
-        let (values, gradients) = samples.unpack();
-        let (kv_heads, head_dim) = (model.config.kv_heads, model.config.head_dim);
-        SideData { side, values, gradients, ctx, kv_heads, head_dim }
-    };
+    let specs: Vec<&CodedSpec> = specs.iter().filter(|s| mean_bits(s).is_none()).collect();
+    let data = |side, samples| side_data(model, side, samples, ctx);
     let fit_values = data(Side::Value, &samples.values);
     let values = specs.iter().map(|s| fit_values.fit(layer, s)).collect::<Result<Vec<_>, _>>()?;
     drop(fit_values);

@@ -6,18 +6,23 @@
 //! per fit F and side s in {k, v}, L layers, C = kv_heads * head_dim:
 //!   F/s.lower, F/s.upper     f32 [L, C]        thresholds; only for sides quantized per channel
 //!   F/s.encode, F/s.decode   f32 [L, 2^bits]   codebooks; only for nuq
+//!   F/s.widths  u8 [L, C/4]   F/s.order  u16 [L, C]   F/s.steps  f32 [L, C]   F/s.posts  i16 [entries]
+//!   F/s.transform            f32 [L, C/2] for keys, [L, C * head_dim] for values; these five only for mix
 //! ```
 //!
 //! A file is hostile until checked: its size is capped, shapes must follow from the metadata, numbers must be finite,
 //! thresholds ordered and signposts sorted.
 
+use std::cell::Cell;
 use std::collections::HashMap;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::mixed::MixedFit;
+use crate::side::Side;
 use crate::spec::{CodebookKind, Scope, Spec};
 
 /// Version of the format that this code writes and reads.
@@ -66,6 +71,8 @@ pub struct SideFit {
     pub encode: Vec<f32>,
     /// Signposts to decode with `[2^bits]`; they differ from `encode` by Q-Norm only.
     pub decode: Vec<f32>,
+    /// Only for mixed widths; `lower` and `upper` are then what calibration saw, and what lies outside is an outlier.
+    pub mixed: Option<MixedFit>,
 }
 
 /// The fit of one layer.
@@ -170,6 +177,10 @@ fn parts(spec: &Spec, key: bool) -> (bool, bool) {
     }
 }
 
+fn is_mixed(spec: &Spec) -> bool {
+    matches!(spec, Spec::Coded(c) if matches!(c.codebook, CodebookKind::Mix { .. }))
+}
+
 fn signposts(spec: &Spec) -> usize {
     if let Spec::Coded(c) = spec { 1 << c.bits } else { 0 }
 }
@@ -181,13 +192,15 @@ impl Quantizer {
     /// It can't be read, or is not a sound quantizer.
     pub fn load(path: &Path) -> Result<Self, FileError> {
         let io = |source| FileError::Io { path: path.into(), operation: "read", source };
-        let size = std::fs::metadata(path).map_err(io)?.len();
         let name = path.display().to_string();
-        if size > MOST_BYTES {
-            let problem = format!("{size} bytes, more than the {MOST_BYTES} that a quantizer may have");
+        let mut bytes = Vec::new();
+        // A pipe or a file that grows says its size only by being read.
+        std::fs::File::open(path).and_then(|f| f.take(MOST_BYTES + 1).read_to_end(&mut bytes)).map_err(io)?;
+        if bytes.len() as u64 > MOST_BYTES {
+            let problem = format!("more than the {MOST_BYTES} bytes that a quantizer may have");
             return Err(FileError::Content { name, field: "size".into(), problem });
         }
-        Self::from_bytes(&std::fs::read(path).map_err(io)?, &name)
+        Self::from_bytes(&bytes, &name)
     }
 
     /// Reads a file's content; `name` is for errors.
@@ -214,9 +227,9 @@ impl Quantizer {
             return Err(err("model.layers", format!("{}, not within 1 to 4096", model.layers)));
         }
         let tensors = SafeTensors::deserialize(bytes).map_err(|e| err("tensors", e.to_string()))?;
-        let mut wanted = 0;
-        let mut read = |field: String, width: usize| -> Result<Vec<Vec<f32>>, FileError> {
-            wanted += 1;
+        let wanted = Cell::new(0);
+        let read = |field: String, width: usize| -> Result<Vec<Vec<f32>>, FileError> {
+            wanted.set(wanted.get() + 1);
             let t = tensors.tensor(&field).map_err(|_| err(&field, "is missing".into()))?;
             if t.dtype() != Dtype::F32 || t.shape() != [model.layers, width] {
                 return Err(err(
@@ -243,7 +256,7 @@ impl Quantizer {
             let mut sides = Vec::new();
             for (side, is_key) in [("k", true), ("v", false)] {
                 let (thresholds, codebooks) = parts(&spec, is_key);
-                let mut get = |part: &str, there: bool, width| {
+                let get = |part: &str, there: bool, width| {
                     if there { read(format!("{key}/{side}.{part}"), width) } else { Ok(vec![vec![]; model.layers]) }
                 };
                 let (lower, upper) = (get("lower", thresholds, channels)?, get("upper", thresholds, channels)?);
@@ -262,10 +275,26 @@ impl Quantizer {
                         return Err(err(&format!("{key}/{side}.encode"), format!("layer {l} is not sorted")));
                     }
                 }
+                let mixed = if is_mixed(&spec) {
+                    let side_kind = if is_key { Side::Key } else { Side::Value };
+                    wanted.set(wanted.get() + crate::mixed::TENSORS.len());
+                    let all = crate::mixed::read(&tensors, &format!("{key}/{side}"), side_kind, &model)
+                        .map_err(|(field, problem)| err(&field, problem))?;
+                    all.into_iter().map(Some).collect()
+                } else {
+                    vec![None; model.layers]
+                };
                 let zipped = lower.into_iter().zip(upper).zip(encode.into_iter().zip(decode));
                 sides.push(
                     zipped
-                        .map(|((lower, upper), (encode, decode))| SideFit { lower, upper, encode, decode })
+                        .zip(mixed)
+                        .map(|(((lower, upper), (encode, decode)), mixed)| SideFit {
+                            lower,
+                            upper,
+                            encode,
+                            decode,
+                            mixed,
+                        })
                         .collect::<Vec<_>>(),
                 );
             }
@@ -274,8 +303,8 @@ impl Quantizer {
             let layers = keys.into_iter().zip(values).map(|(keys, values)| LayerFit { keys, values }).collect();
             fits.push(Fit { spec, layers });
         }
-        if tensors.len() != wanted {
-            return Err(err("tensors", format!("{} of them, the metadata names {wanted}", tensors.len())));
+        if tensors.len() != wanted.get() {
+            return Err(err("tensors", format!("{} of them, the metadata names {}", tensors.len(), wanted.get())));
         }
         Ok(Quantizer { model, provenance: metadata.provenance, fits })
     }
@@ -300,7 +329,7 @@ impl Quantizer {
             fits: self.fits.iter().map(|f| f.spec.fit_key()).collect(),
         };
         let json = serde_json::to_string(&metadata).map_err(|e| err("metadata", e.to_string()))?;
-        let mut data: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+        let mut data: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
         for fit in &self.fits {
             for (side, is_key) in [("k", true), ("v", false)] {
                 let (thresholds, codebooks) = parts(&fit.spec, is_key);
@@ -310,19 +339,26 @@ impl Quantizer {
                         let rows: Vec<Vec<f32>> = fit.layers.iter().map(|l| get(of(l))).collect();
                         let width = rows.first().map_or(0, Vec::len);
                         let bytes = rows.iter().flatten().flat_map(|x| x.to_le_bytes()).collect();
-                        data.push((format!("{}/{side}.{part}", fit.spec.fit_key()), vec![rows.len(), width], bytes));
+                        let name = format!("{}/{side}.{part}", fit.spec.fit_key());
+                        data.push((name, Dtype::F32, vec![rows.len(), width], bytes));
                     }
                 };
                 add("lower", thresholds, |f| f.lower);
                 add("upper", thresholds, |f| f.upper);
                 add("encode", codebooks, |f| f.encode);
                 add("decode", codebooks, |f| f.decode);
+                if is_mixed(&fit.spec) {
+                    let of = |l: &LayerFit| if is_key { l.keys.mixed.clone() } else { l.values.mixed.clone() };
+                    let all: Option<Vec<MixedFit>> = fit.layers.iter().map(of).collect();
+                    let all = all.ok_or_else(|| err(&fit.spec.fit_key(), "a layer has no mixed widths".into()))?;
+                    data.extend(crate::mixed::tensors(&all, &format!("{}/{side}", fit.spec.fit_key())));
+                }
             }
         }
         let views: Result<Vec<_>, FileError> = data
             .iter()
-            .map(|(name, shape, bytes)| {
-                let view = TensorView::new(Dtype::F32, shape.clone(), bytes).map_err(|e| err(name, e.to_string()))?;
+            .map(|(name, dtype, shape, bytes)| {
+                let view = TensorView::new(*dtype, shape.clone(), bytes).map_err(|e| err(name, e.to_string()))?;
                 Ok((name.clone(), view))
             })
             .collect();

@@ -6,6 +6,7 @@
 //! side      one token's keys or values of a layer -> codes, scales, outliers (TokenCodes)
 //! pack      256 codes -> a unit of bytes
 //! lut       codes -> signposts
+//! mixed     a side whose channels differ in width
 //! file      fits of a model, in a safetensors file
 //! ```
 //!
@@ -14,6 +15,7 @@
 mod codebook;
 mod file;
 mod lut;
+mod mixed;
 pub mod pack;
 mod side;
 mod spec;
@@ -21,5 +23,6 @@ mod spec;
 pub use codebook::{normal_float, uniform};
 pub use file::{FileError, Fingerprint, Fit, LayerFit, Provenance, Quantizer, SideFit};
 pub use lut::{Lut, TOP, Table};
+pub use mixed::MixedFit;
 pub use side::{Outlier, QuantError, Side, SideQuantizer, TokenCodes, fits_half};
 pub use spec::{CodebookKind, CodedSpec, FisherWeights, KeyStage, Scope, Spec, SpecError};

@@ -1,24 +1,30 @@
 //! What codes decode to: signposts as 16-bit steps, in the form that a byte shuffle reads.
 
-use crate::pack::LOW_BITS;
+use crate::mixed::MixedFit;
+use crate::pack::{LOW_BITS, UNIT_CHANNELS};
 
 /// The largest signpost in steps. Keys keep room for a rotation, which grows a channel by at most sqrt(2), and sums
 /// of 256 products of steps and 16-bit queries still fit 32 bits at a fine scale.
 pub const TOP: i16 = 8191;
 
-/// Signposts of one channel: `value(code) = low[code % 16] + high[code / 16]`, in steps. The high part is 0 up to
-/// 4 bits. Each part holds 16 entries, low bytes first, and repeats where it has fewer.
+/// Signposts of one channel, in steps: two parts of 16 entries, low bytes first, that repeat where they have fewer.
+///
+/// ```text
+/// 0 to 4 bits   value(code) = low[code]
+/// 5 bits        value(code) = low[code] below 16, high[code - 16] from there on
+/// 6, 7 bits     value(code) = low[code % 16] + high[code / 16]
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C, align(64))]
 pub struct Table {
     /// Low bytes of 16 entries, then their high bytes.
     pub low: [u8; 32],
-    /// The same for the bits above the fourth.
+    /// For 5 bits and more.
     pub high: [u8; 32],
 }
 
 impl Table {
-    /// A table of up to 16 low and up to 8 high entries, each a power of two in number.
+    /// A table of up to 16 low and up to 16 high entries, each a power of two in number.
     pub fn new(low: &[i16], high: &[i16]) -> Self {
         let split = |entries: &[i16]| {
             let mut bytes = [0; 32];
@@ -30,10 +36,27 @@ impl Table {
         Table { low: split(low), high: split(high) }
     }
 
-    /// The signpost of a code, in steps.
-    pub fn value(&self, code: u8) -> i16 {
-        let entry = |part: &[u8; 32], i: usize| i16::from_le_bytes([part[i], part[16 + i]]);
-        entry(&self.low, (code % (1 << LOW_BITS)) as usize) + entry(&self.high, (code >> LOW_BITS) as usize)
+    /// How many entries signposts of so many bits take.
+    pub const fn entries(bits: u32) -> usize {
+        if bits <= LOW_BITS + 1 { 1 << bits } else { (1 << LOW_BITS) + (1 << (bits - LOW_BITS)) }
+    }
+
+    /// A table from its entries, the low ones first.
+    pub fn from_entries(entries: &[i16]) -> Self {
+        let (low, high) = entries.split_at(entries.len().min(1 << LOW_BITS));
+        Table::new(low, high)
+    }
+
+    /// The signpost of a code of so many bits, in steps.
+    pub fn value(&self, bits: u32, code: u8) -> i16 {
+        let entry = |part: &[u8; 32], i: u8| i16::from_le_bytes([part[i as usize], part[16 + i as usize]]);
+        let (low, high) = (code % (1 << LOW_BITS), code >> LOW_BITS);
+        match bits {
+            0..=LOW_BITS => entry(&self.low, low),
+            5 if high > 0 => entry(&self.high, low),
+            5 => entry(&self.low, low),
+            _ => entry(&self.low, low).wrapping_add(entry(&self.high, high)),
+        }
     }
 }
 
@@ -69,14 +92,27 @@ impl Lut {
                 steps.push(step);
             }
         }
-        let widths = vec![bits as u8; channels.div_ceil(crate::pack::UNIT_CHANNELS)];
+        let widths = vec![bits as u8; channels.div_ceil(UNIT_CHANNELS)];
         Lut { per_channel, widths, tables, steps, order: Vec::new() }
+    }
+
+    /// Tables by place with widths that differ.
+    pub(crate) fn mixed(fit: &MixedFit) -> Self {
+        let mut rest = &fit.posts[..];
+        let tables = (0..fit.steps.len()).map(|place| {
+            let (entries, next) = rest.split_at(Table::entries(fit.widths[place / UNIT_CHANNELS] as u32));
+            rest = next;
+            Table::from_entries(entries)
+        });
+        let tables = tables.collect();
+        let (widths, steps, order) = (fit.widths.clone(), fit.steps.clone(), fit.order.clone());
+        Lut { per_channel: true, widths, tables, steps, order }
     }
 
     /// The dense value of a code at a place, before any per-token scale.
     pub fn dense(&self, place: usize, code: u8) -> f32 {
         let i = if self.per_channel { place } else { 0 };
-        self.tables[i].value(code) as f32 * self.steps[i]
+        self.tables[i].value(self.widths[place / UNIT_CHANNELS] as u32, code) as f32 * self.steps[i]
     }
 }
 
@@ -87,10 +123,15 @@ mod tests {
     #[test]
     fn entries_repeat_and_add() {
         let t = Table::new(&[-300, 5, 7, 8191], &[]);
-        assert_eq!([t.value(0), t.value(3), t.value(4), t.value(7)], [-300, 8191, -300, 8191]);
+        assert_eq!([t.value(2, 0), t.value(2, 3)], [-300, 8191]);
+        assert_eq!(t.low[..4], t.low[4..8], "noise in the upper bits of a code does not matter");
         let low: Vec<i16> = (0..16).map(|i| i * 10).collect();
-        let t = Table::new(&low, &[-1000, 1000]);
-        assert_eq!([t.value(0), t.value(15), t.value(16), t.value(31)], [-1000, -850, 1000, 1150]);
+        let t = Table::new(&low, &[-1000, -500, 500, 1000]);
+        assert_eq!([t.value(6, 0), t.value(6, 15), t.value(6, 16), t.value(6, 63)], [-1000, -850, -500, 1150]);
+        let entries: Vec<i16> = (0..32).map(|i| i * i).collect();
+        let t = Table::from_entries(&entries);
+        assert!((0..32).all(|i| t.value(5, i) == entries[i as usize]));
+        assert_eq!([0, 4, 5, 6, 7].map(Table::entries), [1, 16, 32, 20, 24]);
     }
 
     #[test]

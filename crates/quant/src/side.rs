@@ -5,6 +5,8 @@ use half::f16;
 use crate::codebook::{normal_float, symmetric, uniform};
 use crate::file::{LayerFit, SideFit};
 use crate::lut::Lut;
+use crate::mixed::MixedFit;
+use crate::pack::UNIT_CHANNELS;
 use crate::spec::{CodebookKind, CodedSpec, Scope};
 
 /// Keys or values.
@@ -75,6 +77,14 @@ pub enum QuantError {
         /// kv_heads * head_dim
         channels: usize,
     },
+    /// Mixed widths that contradict themselves.
+    #[error("{side:?}: mixed widths: {problem}; make a new quantizer with `kvquant calibrate`")]
+    Mixed {
+        /// Keys or values.
+        side: Side,
+        /// What is wrong.
+        problem: &'static str,
+    },
     /// Scale groups do not tile a token.
     #[error("groups of {group} channels do not divide the {channels} of a token; choose a -gN that does")]
     Group {
@@ -121,6 +131,8 @@ enum Ranges {
     Channel { lower: Vec<f32>, upper: Vec<f32>, bounds: Vec<Vec<f32>>, keep_outliers: bool },
     /// Online, per token and group of channels; `extremes` outliers on each side.
     Token { group: usize, extremes: usize, zero_point: bool },
+    /// Offline, per channel, with signposts of its own. `places[c]`: where the channel is packed.
+    Mixed { lower: Vec<f32>, upper: Vec<f32>, places: Vec<u16>, middles: Vec<Vec<f32>> },
 }
 
 impl SideQuantizer {
@@ -147,6 +159,14 @@ impl SideQuantizer {
         let sized = |what, got: usize, expected| {
             if got == expected { Ok(()) } else { Err(QuantError::FitSize { side, what, expected, got }) }
         };
+        if let CodebookKind::Mix { .. } = spec.codebook {
+            let fit = need("mixed widths")?;
+            let mixed = fit.mixed.as_ref().ok_or(QuantError::NoFit { side, what: "mixed widths" })?;
+            sized("lower thresholds", fit.lower.len(), channels)?;
+            sized("upper thresholds", fit.upper.len(), channels)?;
+            mixed.check(side, kv_heads, head_dim)?;
+            return Ok(Self::mixed(fit, mixed, head_dim));
+        }
         let n = 1usize << spec.bits;
         let is_symmetric = spec.codebook == CodebookKind::Int && matches!(scope, Scope::Group(_)) && !spec.zero_point;
         let (encode, decode) = match spec.codebook {
@@ -158,7 +178,7 @@ impl SideQuantizer {
             }
             CodebookKind::Int if is_symmetric => (symmetric(spec.bits), symmetric(spec.bits)),
             CodebookKind::Int => (uniform(spec.bits), uniform(spec.bits)),
-            CodebookKind::Nf => (normal_float(spec.bits), normal_float(spec.bits)),
+            CodebookKind::Nf | CodebookKind::Mix { .. } => (normal_float(spec.bits), normal_float(spec.bits)),
         };
         let middles: Vec<f32> = encode.windows(2).map(|w| w[0] + (w[1] - w[0]) / 2.0).collect();
         let (ranges, table) = match scope {
@@ -191,6 +211,20 @@ impl SideQuantizer {
         Ok(SideQuantizer { channels, encode, middles, lut, ranges })
     }
 
+    fn mixed(fit: &SideFit, mixed: &MixedFit, head_dim: usize) -> Self {
+        let lut = Lut::mixed(mixed);
+        let channels = lut.order.len();
+        let (mut places, mut middles) = (vec![0; channels], Vec::with_capacity(channels));
+        for (place, &c) in lut.order.iter().enumerate() {
+            places[place / head_dim * head_dim + c as usize] = place as u16;
+            let dense = |code: usize| lut.dense(place, code as u8);
+            let last = (1usize << lut.widths[place / UNIT_CHANNELS]) - 1;
+            middles.push((0..last).map(|i| dense(i) + (dense(i + 1) - dense(i)) / 2.0).collect());
+        }
+        let ranges = Ranges::Mixed { lower: fit.lower.clone(), upper: fit.upper.clone(), places, middles };
+        SideQuantizer { channels, encode: Vec::new(), middles: Vec::new(), lut, ranges }
+    }
+
     /// The decode table.
     pub fn lut(&self) -> &Lut {
         &self.lut
@@ -199,7 +233,7 @@ impl SideQuantizer {
     /// Scales per token; 0 where ranges are static.
     pub fn groups(&self) -> usize {
         match &self.ranges {
-            Ranges::Channel { .. } => 0,
+            Ranges::Channel { .. } | Ranges::Mixed { .. } => 0,
             Ranges::Token { group, .. } => self.channels / group,
         }
     }
@@ -207,7 +241,7 @@ impl SideQuantizer {
     /// Channels that share a per-token scale: all of them for token scope.
     pub fn group_channels(&self) -> usize {
         match &self.ranges {
-            Ranges::Channel { .. } => self.channels,
+            Ranges::Channel { .. } | Ranges::Mixed { .. } => self.channels,
             Ranges::Token { group, .. } => *group,
         }
     }
@@ -246,6 +280,16 @@ impl SideQuantizer {
                         if v < l || v > u {
                             self.keep(c, v, self.lut.dense(c, out.codes[c]), out)?;
                         }
+                    }
+                }
+            }
+            Ranges::Mixed { lower, upper, places, middles } => {
+                for (c, &v) in x.iter().enumerate() {
+                    let place = places[c] as usize;
+                    out.codes[c] = middles[place].partition_point(|m| *m < v) as u8;
+                    // Beyond all that calibration saw: kept exactly.
+                    if v < lower[c] || v > upper[c] {
+                        self.keep(c, v, self.lut.dense(place, out.codes[c]), out)?;
                     }
                 }
             }
@@ -318,7 +362,9 @@ impl SideQuantizer {
     pub fn dequantize(&self, codes: &TokenCodes, out: &mut [f32]) {
         let group = self.group_channels();
         for (c, (x, &code)) in out.iter_mut().zip(&codes.codes).enumerate() {
-            *x = if self.lut.per_channel {
+            *x = if let Ranges::Mixed { places, .. } = &self.ranges {
+                self.lut.dense(places[c] as usize, code)
+            } else if self.lut.per_channel {
                 self.lut.dense(c, code)
             } else {
                 let zero = codes.zero.get(c / group).map_or(0.0, |z| z.to_f32());
@@ -370,6 +416,7 @@ mod tests {
             upper: (0..channels).map(|c| if c == 5 { -1.0 - 5.0 / 8.0 } else { 2.0 }).collect(),
             encode: book.clone(),
             decode: book,
+            mixed: None,
         };
         LayerFit { keys: side.clone(), values: side }
     }

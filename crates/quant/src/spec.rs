@@ -2,7 +2,9 @@
 //!
 //! ```text
 //! fp16 | BOOK BITS [-P%] [-gN] {+OPTION}
-//! BOOK BITS   nuq2 nuq3 nuq4 (learned codebook), int2 int3 int4 (uniform), nf3 nf4 (normal-float)
+//! BOOK BITS   nuq2 nuq3 nuq4 (learned codebook), int2 int3 int4 (uniform), nf3 nf4 (normal-float),
+//!             mixB (B a number from 0.5 to 7: 0 to 7 bits a channel, B on average, static learned codebooks by channel,
+//!             decorrelated channels; with +sinkN and +recentN only)
 //! -P%         share of outliers kept in fp16, 0 to 5 %
 //! -gN         a scale per token and N channels, for keys and values, instead of the paper's scopes
 //! +sinkN      the first N tokens in fp16          +recentN   at least the last N tokens in fp16
@@ -27,7 +29,7 @@ pub enum Spec {
 /// A quantized cache.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CodedSpec {
-    /// Bits of a code: 2, 3 or 4.
+    /// Bits of a code: 2, 3 or 4; 0 for mixed widths.
     pub bits: u32,
     /// Where the signposts come from.
     pub codebook: CodebookKind,
@@ -60,6 +62,11 @@ pub enum CodebookKind {
     Int,
     /// Quantiles of a normal distribution.
     Nf,
+    /// Learned by channel, as many signposts as the channel deserves.
+    Mix {
+        /// Mean bits of a code, in hundredths.
+        hundredths: u32,
+    },
 }
 
 /// What shares one scale.
@@ -96,7 +103,7 @@ pub enum FisherWeights {
 /// A spec string that can't be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "cache spec `{spec}`: {part} {problem}; supported: fp16, nuq2..4, int2..4, nf3..4, each with -P% (0 to 5) or -gN, then +sinkN +recentN +qnorm +postrope +ktoken +kchannel +vtoken +vchannel +wfisher +wnone +asym; for example nuq3-1%+sink1, nuq4-1%+sink4+recent64, int4-g32"
+    "cache spec `{spec}`: {part} {problem}; supported: fp16, mixB (0.5 to 7), nuq2..4, int2..4, nf3..4, each with -P% (0 to 5) or -gN, then +sinkN +recentN +qnorm +postrope +ktoken +kchannel +vtoken +vchannel +wfisher +wnone +asym; for example nuq3-1%+sink1, nuq4-1%+sink4+recent64, int4-g32"
 )]
 pub struct SpecError {
     spec: String,
@@ -131,14 +138,21 @@ impl FromStr for Spec {
             "int4" => (CodebookKind::Int, 4),
             "nf3" => (CodebookKind::Nf, 3),
             "nf4" => (CodebookKind::Nf, 4),
-            _ => return Err(err(name, "is unknown")),
+            _ => match name.strip_prefix("mix") {
+                Some(mean) => match hundredths(mean).filter(|h| (50..=700).contains(h)) {
+                    Some(hundredths) => (CodebookKind::Mix { hundredths }, 0),
+                    None => return Err(err(name, "needs a mean of 0.5 to 7 bits, with at most two decimals")),
+                },
+                None => return Err(err(name, "is unknown")),
+            },
         };
+        let mixed = matches!(codebook, CodebookKind::Mix { .. });
         let mut c = CodedSpec {
             bits,
             codebook,
             outliers: 0,
             keys: Scope::Channel,
-            values: Scope::Token,
+            values: if mixed { Scope::Channel } else { Scope::Token },
             stage: KeyStage::PreRope,
             sinks: 0,
             recent: 0,
@@ -148,6 +162,9 @@ impl FromStr for Spec {
         };
         let (mut grouped, mut shared) = (false, false);
         for part in parts {
+            if mixed {
+                return Err(err(part, "does not combine with mix"));
+            }
             if let Some(share) = part.strip_suffix('%') {
                 if std::mem::replace(&mut shared, true) {
                     return Err(err(part, "is a second share of outliers"));
@@ -184,6 +201,7 @@ impl FromStr for Spec {
             match kind {
                 "sink" => c.sinks = tokens()?,
                 "recent" => c.recent = tokens()?,
+                _ if mixed => return Err(err(o, "does not combine with mix")),
                 _ if kind != o => return Err(err(o, "is unknown")),
                 "qnorm" => c.qnorm = true,
                 "postrope" => c.stage = KeyStage::PostRope,
@@ -218,14 +236,18 @@ fn count(s: &str) -> Option<usize> {
 
 /// `1`, `0.5`, `0.25` -> 100, 50, 25.
 fn share_of(s: &str) -> Option<u32> {
+    hundredths(s).filter(|p| *p <= 500)
+}
+
+fn hundredths(s: &str) -> Option<u32> {
     let (whole, part) = s.split_once('.').unwrap_or((s, "0"));
-    let whole = count(whole)?;
+    let whole = count(whole).filter(|w| *w < 100)?;
     let hundredths = match part.len() {
         1 => count(part)? * 10,
         2 => count(part)?,
         _ => return None,
     };
-    (whole <= 5).then(|| whole * 100 + hundredths).filter(|p| *p <= 500).map(|p| p as u32)
+    Some((whole * 100 + hundredths) as u32)
 }
 
 impl fmt::Display for Spec {
@@ -235,8 +257,14 @@ impl fmt::Display for Spec {
             CodebookKind::Nuq => "nuq",
             CodebookKind::Int => "int",
             CodebookKind::Nf => "nf",
+            CodebookKind::Mix { .. } => "mix",
         };
-        write!(f, "{name}{}", c.bits)?;
+        match c.codebook {
+            CodebookKind::Mix { hundredths: h } if h % 100 == 0 => write!(f, "{name}{}", h / 100)?,
+            CodebookKind::Mix { hundredths: h } if h % 10 == 0 => write!(f, "{name}{}.{}", h / 100, h / 10 % 10)?,
+            CodebookKind::Mix { hundredths: h } => write!(f, "{name}{}.{:02}", h / 100, h % 100)?,
+            _ => write!(f, "{name}{}", c.bits)?,
+        }
         if c.outliers > 0 {
             let (whole, part) = (c.outliers / 100, c.outliers % 100);
             match part {
@@ -259,7 +287,7 @@ impl fmt::Display for Spec {
             (c.qnorm, "+qnorm"),
             (c.stage == KeyStage::PostRope, "+postrope"),
             (c.keys == Scope::Token, "+ktoken"),
-            (c.values == Scope::Channel, "+vchannel"),
+            (c.values == Scope::Channel && c.bits > 0, "+vchannel"),
             (c.weights == FisherWeights::Fisher, "+wfisher"),
             (c.weights == FisherWeights::None, "+wnone"),
             (grouped && c.zero_point, "+asym"),
@@ -285,7 +313,7 @@ impl Spec {
 
     /// Whether a fit from a quantizer file is needed: a learned codebook, or static ranges of channels.
     pub fn needs_fit(&self) -> bool {
-        matches!(self, Spec::Coded(c) if c.codebook == CodebookKind::Nuq || c.keys == Scope::Channel || c.values == Scope::Channel)
+        matches!(self, Spec::Coded(c) if matches!(c.codebook, CodebookKind::Nuq | CodebookKind::Mix { .. }) || c.keys == Scope::Channel || c.values == Scope::Channel)
     }
 
     /// What identifies a fit: the canonical string without the recent window, which no fit depends on.
@@ -314,6 +342,9 @@ mod tests {
             "nf4-1%+sink1+postrope+ktoken+vchannel",
             "nuq3-1%+wfisher",
             "nuq3-5%+wnone",
+            "mix3+sink1",
+            "mix2.5+sink4+recent32",
+            "mix3.25",
         ] {
             assert_eq!(s.parse::<Spec>().unwrap().to_string(), s);
         }
@@ -326,6 +357,10 @@ mod tests {
         for (s, part) in [
             ("", "``"),
             ("nuq5", "`nuq5`"),
+            ("mix0.2", "`mix0.2`"),
+            ("mix8", "`mix8`"),
+            ("mix3-1%", "`1%`"),
+            ("mix3+qnorm", "`qnorm`"),
             ("nf2", "`nf2`"),
             ("nuq3-6%", "`6%`"),
             ("nuq3-1.234%", "`1.234%`"),

@@ -41,7 +41,7 @@ fn dequant_coded(v: &CodedView<'_>, len: usize, tile: &mut [f32]) {
             let (table, step) = v.table(place);
             let c = v.channel(place);
             for t in 0..len {
-                let x = step * table.value(get_code(unit, bits, i, t)) as f32;
+                let x = step * table.value(bits, get_code(unit, bits, i, t)) as f32;
                 tile[c * TOKENS + t] = match &v.scales {
                     None => x,
                     Some(s) => {

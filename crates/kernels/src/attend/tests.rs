@@ -144,6 +144,7 @@ impl Owned {
                 |bits: u32, top: i16| -> Vec<i16> { (0..1 << bits).map(|_| (n.unit() * top as f32) as i16).collect() };
             let (low, high) = match bits {
                 0..=4 => (posts(bits, TOP), vec![]),
+                5 => (posts(4, TOP), posts(4, TOP)),
                 _ => (posts(4, TOP / 8), posts(bits - 4, TOP / 8 * 7)),
             };
             o.tables.push(Table::new(&low, &high));
@@ -162,7 +163,7 @@ impl Owned {
                 let place = 4 * u + i;
                 let c = o.order.get(place).map_or(place, |c| *c as usize);
                 let table = if by_channel { place } else { 0 };
-                let mut x = o.steps[table] as f64 * o.tables[table].value(code) as f64;
+                let mut x = o.steps[table] as f64 * o.tables[table].value(bits, code) as f64;
                 if !by_channel {
                     let at = c / o.group * BLOCK_TOKENS + t;
                     x = wide(o.halves[at]) * x + o.zero.get(at).map_or(0.0, |z| wide(*z));

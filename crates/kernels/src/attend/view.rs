@@ -67,7 +67,7 @@ pub struct Outliers<'a> {
 ///
 /// ```text
 /// codes     unit after unit of 4 places x 64 tokens, widths[unit] * 32 bytes each  (kvquant_quant::pack)
-/// value     steps[place] * tables[place].value(code)                               (kvquant_quant::lut)
+/// value     steps[place] * tables[place].value(bits, code)                             (kvquant_quant::lut)
 ///           then, where the side has them, * scale[group][token] + zero[group][token]
 ///           then + residual, where the entry is an outlier
 /// ```

@@ -1,7 +1,20 @@
 use super::*;
 
+/// Two heads of 4 channels: 3 bits, then 1 bit.
+fn mixed(key: bool) -> MixedFit {
+    let posts = |n: i16| (0..4).flat_map(move |_| (0..n).map(|i| 100 * i - 350));
+    let identity = |n: usize| (0..n * n).map(move |i| f32::from(u8::from(i / n == i % n)));
+    MixedFit {
+        widths: vec![3, 1],
+        order: vec![2, 3, 0, 1, 0, 1, 2, 3],
+        steps: vec![0.01; 8],
+        posts: posts(8).chain(posts(2)).collect(),
+        transform: if key { vec![0.5; 4] } else { identity(4).chain(identity(4)).collect() },
+    }
+}
+
 fn quantizer() -> Quantizer {
-    let specs = ["nuq3-1%+sink1", "nuq2-1%", "int3-1%+vchannel", "nuq2-1%+ktoken"];
+    let specs = ["nuq3-1%+sink1", "nuq2-1%", "int3-1%+vchannel", "nuq2-1%+ktoken", "mix2+sink1"];
     let fits = specs.map(|s| {
         let spec: Spec = s.parse().unwrap();
         let side = |key: bool| {
@@ -12,6 +25,7 @@ fn quantizer() -> Quantizer {
                 upper: if t { vec![2.5; 8] } else { vec![] },
                 encode: if b { book.clone() } else { vec![] },
                 decode: if b { book } else { vec![] },
+                mixed: is_mixed(&spec).then(|| mixed(key)),
             }
         };
         let layer = LayerFit { keys: side(true), values: side(false) };
@@ -105,4 +119,30 @@ fn unsound_content_is_named() {
     assert!(q.to_bytes().unwrap_err().to_string().contains("twice"));
     let e = Quantizer::load(Path::new("no/such/file")).unwrap_err().to_string();
     assert!(e.contains("no/such/file") && e.contains("read"), "{e}");
+}
+
+#[test]
+fn mixed_fits_that_contradict_themselves_are_refused() {
+    let refused = |change: fn(&mut MixedFit), key: bool, problem: &str| {
+        let mut q = quantizer();
+        let fit = q.fits.last_mut().unwrap();
+        let side = if key { &mut fit.layers[1].keys } else { &mut fit.layers[1].values };
+        change(side.mixed.as_mut().unwrap());
+        let e = Quantizer::from_bytes(&q.to_bytes().unwrap(), "q").unwrap_err().to_string();
+        assert!(e.contains(problem) && e.contains("mix2+sink1") && e.contains("layer 1"), "{e}");
+    };
+    refused(|m| m.widths[0] = 9, true, "ends within");
+    refused(|m| m.order.swap(0, 1), true, "separates a RoPE pair");
+    refused(|m| m.order[0] = 3, false, "no permutation");
+    refused(|m| m.order[0] = 4, false, "no permutation");
+    refused(|m| m.steps[0] = 0.02, true, "two steps");
+    refused(|m| m.steps[3] = f32::NAN, false, "not a positive number");
+    refused(|m| m.posts[3] = -400, true, "not in order");
+    refused(|m| m.posts[7] = 8192, true, "not in order");
+    refused(|m| m.transform[0] = f32::INFINITY, true, "not finite");
+    refused(|m| m.transform[0] = 0.9, false, "not orthogonal");
+    let mut q = quantizer();
+    q.fits.last_mut().unwrap().layers[1].keys.mixed.as_mut().unwrap().posts.push(0);
+    let e = Quantizer::from_bytes(&q.to_bytes().unwrap(), "q").unwrap_err().to_string();
+    assert!(e.contains("more entries"), "{e}");
 }

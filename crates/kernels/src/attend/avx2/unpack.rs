@@ -88,6 +88,25 @@ fn entries(part: &[u8; 32], codes: Codes) -> Signposts {
     [look(codes[0]), look(codes[1])]
 }
 
+/// Signposts of a table of 32 entries: `upper` has the sign bit of a byte set for the upper half.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn entries_of_two(table: &Table, codes: Codes, upper: Codes) -> Signposts {
+    let part = |bytes: &[u8; 32], i: usize| {
+        // SAFETY: 16 readable bytes from 0 and from 16 on.
+        unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().add(16 * i).cast())) }
+    };
+    let look = |code: __m256i, upper: __m256i| {
+        let byte = |i: usize| {
+            let (a, b) = (part(&table.low, i), part(&table.high, i));
+            _mm256_blendv_epi8(_mm256_shuffle_epi8(a, code), _mm256_shuffle_epi8(b, code), upper)
+        };
+        let (x, y) = (byte(0), byte(1));
+        [_mm256_unpacklo_epi8(x, y), _mm256_unpackhi_epi8(x, y)]
+    };
+    [look(codes[0], upper[0]), look(codes[1], upper[1])]
+}
+
 /// Signposts of a channel of a unit of B bits.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -95,6 +114,10 @@ pub(super) fn look_up<const B: u32>(table: &Table, low: Codes, high: Codes) -> S
     let x = entries(&table.low, low);
     if B <= LOW_BITS {
         return x;
+    }
+    if B == 5 {
+        // The fifth bit, moved to the sign, chooses the upper half of the table, byte by byte.
+        return entries_of_two(table, low, [_mm256_slli_epi16::<7>(high[0]), _mm256_slli_epi16::<7>(high[1])]);
     }
     let y = entries(&table.high, high);
     let add = |i: usize, j: usize| _mm256_add_epi16(x[i][j], y[i][j]);

@@ -88,6 +88,20 @@ pub(super) fn look_up<const B: u32>(table: &Table, low: Codes, high: Codes) -> S
     if B <= LOW_BITS {
         return x;
     }
+    if B == 5 {
+        // The fifth bit chooses the upper half of the table.
+        let upper = _mm512_test_epi8_mask(high, high);
+        let part = |bytes: &[u8; 32], i: usize| {
+            // SAFETY: 16 readable bytes from 0 and from 16 on.
+            unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(bytes.as_ptr().add(16 * i).cast())) }
+        };
+        let byte = |i: usize| {
+            let (a, b) = (part(&table.low, i), part(&table.high, i));
+            _mm512_mask_blend_epi8(upper, _mm512_shuffle_epi8(a, low), _mm512_shuffle_epi8(b, low))
+        };
+        let (x, y) = (byte(0), byte(1));
+        return [_mm512_unpacklo_epi8(x, y), _mm512_unpackhi_epi8(x, y)];
+    }
     let y = entries(&table.high, high);
     [_mm512_add_epi16(x[0], y[0]), _mm512_add_epi16(x[1], y[1])]
 }

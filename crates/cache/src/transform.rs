@@ -1,0 +1,76 @@
+//! What a layer with mixed widths does to its heads before they are stored, and undoes afterwards.
+//!
+//! Keys are turned pair by pair, which commutes with RoPE; queries by the same angles, so that scores stay. Values are
+//! written in an orthogonal basis; attention is linear in them, so its output is turned back, once a token and query head.
+
+use kvquant_kernels::linalg::gemm;
+use kvquant_kernels::rope::Rotation;
+use kvquant_quant::MixedFit;
+
+use crate::sequence::CacheShape;
+
+#[derive(Debug)]
+pub(crate) struct Transform {
+    /// One a KV head.
+    turns: Vec<Rotation>,
+    /// `[kv_heads, head_dim, head_dim]`, axes as rows.
+    bases: Vec<f32>,
+}
+
+impl Transform {
+    pub fn new(keys: &MixedFit, values: &MixedFit, shape: &CacheShape) -> Self {
+        let turns = keys.transform.chunks_exact(shape.head_dim / 2).map(|angles| {
+            let (sin, cos) = angles.iter().map(|a| a.sin_cos()).unzip();
+            Rotation { cos, sin }
+        });
+        Transform { turns: turns.collect(), bases: values.transform.clone() }
+    }
+
+    /// Keys `[tokens, kv_heads, head_dim]` or queries `[tokens, heads, head_dim]`, turned.
+    pub fn turn(&self, x: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
+        let mut x = x.to_vec();
+        let group = heads / self.turns.len();
+        for token in x.chunks_exact_mut(heads * head_dim) {
+            for (of_head, turn) in token.chunks_exact_mut(group * head_dim).zip(&self.turns) {
+                of_head.chunks_exact_mut(head_dim).for_each(|head| turn.apply(head));
+            }
+        }
+        x
+    }
+
+    /// Values `[tokens, kv_heads, head_dim]` in each head's basis.
+    pub fn project(&self, v: &[f32], d: usize) -> Vec<f32> {
+        let mut out = vec![0.0; v.len()];
+        let width = self.turns.len() * d;
+        for (h, basis) in self.bases.chunks_exact(d * d).enumerate() {
+            // out[t] = basis v[t]: the basis is read by columns.
+            let (from, to) = (&v[h * d..], &mut out[h * d..]);
+            gemm(v.len() / width, d, d, 1.0, from, width, 1, basis, 1, d, 0.0, to, width, 1);
+        }
+        out
+    }
+
+    /// Attention outputs `[tokens, heads, head_dim]`, back from the bases.
+    pub fn restore(&self, out: &mut [f32], heads: usize, d: usize) {
+        let (turned, width, group) = (out.to_vec(), heads * d, heads / self.turns.len());
+        for h in 0..heads {
+            let basis = &self.bases[h / group * d * d..][..d * d];
+            gemm(
+                out.len() / width,
+                d,
+                d,
+                1.0,
+                &turned[h * d..],
+                width,
+                1,
+                basis,
+                d,
+                1,
+                0.0,
+                &mut out[h * d..],
+                width,
+                1,
+            );
+        }
+    }
+}

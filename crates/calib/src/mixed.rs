@@ -1,0 +1,121 @@
+//! Mixed widths: decorrelated channels, a codebook for every channel and width, and the choice of widths.
+//!
+//! The expected loss of an error e in a channel is about E[g^2] e^2 / 2 (paper, section 3.3), so weighted squared
+//! errors of all channels of all layers, keys and values alike, add up to one number. The widths minimise it under a
+//! mean number of bits: with a price on a bit, every unit of 4 channels chooses for itself, and the price is
+//! searched until the mean fits (Lagrange).
+
+mod books;
+mod transform;
+
+use kvquant_quant::pack::{MAX_BITS, UNIT_CHANNELS};
+use kvquant_quant::{LayerFit, MixedFit, Side, SideFit, TOP, Table};
+
+pub(crate) use books::Books;
+
+/// Widths that a unit can have.
+const WIDTHS: usize = MAX_BITS as usize + 1;
+
+/// Four channels of a head that share a width.
+struct Unit {
+    channels: [u16; UNIT_CHANNELS],
+    cost: [f64; WIDTHS],
+}
+
+/// Units of a side in the order of what they need, head by head.
+fn units(books: &Books) -> Vec<Unit> {
+    let together = if books.side == Side::Key { 2 } else { 1 };
+    let mut units = Vec::new();
+    for (head, channels) in books.channels.chunks_exact(books.head_dim).enumerate() {
+        let need = |i: usize| channels[i * together..(i + 1) * together].iter().map(|c| c.cost[2]).sum::<f64>();
+        let mut order: Vec<usize> = (0..books.head_dim / together).collect();
+        order.sort_by(|a, b| need(*b).total_cmp(&need(*a)));
+        let order: Vec<usize> = order.into_iter().flat_map(|i| i * together..(i + 1) * together).collect();
+        for four in order.as_chunks::<UNIT_CHANNELS>().0 {
+            let cost = std::array::from_fn(|b| four.iter().map(|i| channels[*i].cost[b]).sum());
+            units.push(Unit { channels: four.map(|i| (head * books.head_dim + i) as u16), cost });
+        }
+    }
+    units
+}
+
+/// The cheapest width of a unit at a price of a bit; of equals the smaller.
+fn cheapest(unit: &Unit, price: f64) -> usize {
+    let total = |b: usize| unit.cost[b] + price * b as f64;
+    (1..WIDTHS).fold(0, |best, b| if total(b) < total(best) { b } else { best })
+}
+
+/// Widths of all units with at most `budget` bits in all (a unit of width b counts b).
+fn allocate(units: &[&Unit], budget: usize) -> Vec<u8> {
+    let at = |price: f64| -> Vec<usize> { units.iter().map(|u| cheapest(u, price)).collect() };
+    let top = units.iter().map(|u| u.cost[0]).fold(0.0, f64::max);
+    // Between no bit for anybody and 7 for all that gain by them.
+    let (mut low, mut high) = (1e-30f64.ln(), (top + 1e-30).ln() + 1.0);
+    for _ in 0..100 {
+        let price = (low + high) / 2.0;
+        if at(price.exp()).iter().sum::<usize>() > budget { low = price } else { high = price }
+    }
+    let mut widths = at(high.exp());
+    // What is left goes where a bit brings most.
+    let mut left = budget - widths.iter().sum::<usize>().min(budget);
+    while left > 0 {
+        let gain = |i: usize| units[i].cost[widths[i]] - units[i].cost[widths[i] + 1];
+        let open = (0..units.len()).filter(|&i| widths[i] + 1 < WIDTHS);
+        let Some(best) = open.max_by(|&a, &b| gain(a).total_cmp(&gain(b))) else { break };
+        widths[best] += 1;
+        left -= 1;
+    }
+    widths.into_iter().map(|b| b as u8).collect()
+}
+
+/// Fits of all layers from the codebooks of their keys and values, with `hundredths` / 100 bits on average.
+pub(crate) fn fits(layers: &[(Books, Books)], hundredths: u32) -> Vec<LayerFit> {
+    let sides: Vec<&Books> = layers.iter().flat_map(|(k, v)| [k, v]).collect();
+    let units: Vec<Vec<Unit>> = sides.iter().map(|b| units(b)).collect();
+    let all: Vec<&Unit> = units.iter().flatten().collect();
+    let mut widths = &allocate(&all, all.len() * hundredths as usize / 100)[..];
+    let mut done = Vec::with_capacity(sides.len());
+    for (books, units) in sides.iter().zip(&units) {
+        let (own, rest) = widths.split_at(units.len());
+        widths = rest;
+        done.push(side_fit(books, units, own));
+    }
+    let mut done = done.into_iter();
+    std::iter::from_fn(|| Some(LayerFit { keys: done.next()?, values: done.next()? })).collect()
+}
+
+fn side_fit(books: &Books, units: &[Unit], widths: &[u8]) -> SideFit {
+    // Within a head, units of one width together: they are decoded as one run.
+    let a_head = books.head_dim / UNIT_CHANNELS;
+    let mut sorted: Vec<(&Unit, u8)> = units.iter().zip(widths.iter().copied()).collect();
+    sorted.chunks_exact_mut(a_head).for_each(|head| head.sort_by_key(|(_, b)| std::cmp::Reverse(*b)));
+    let mut fit = MixedFit {
+        widths: sorted.iter().map(|(_, b)| *b).collect(),
+        order: Vec::new(),
+        steps: Vec::new(),
+        posts: Vec::new(),
+        transform: books.transform.clone(),
+    };
+    for (unit, bits) in sorted {
+        for pair in unit.channels.as_chunks::<2>().0 {
+            let channels = pair.map(|c| &books.channels[c as usize]);
+            let tops = channels.map(|c| c.top(bits));
+            let shared = tops[0].max(tops[1]);
+            for ((c, channel), top) in pair.iter().zip(channels).zip(tops) {
+                let top = if books.side == Side::Key { shared } else { top };
+                let step = if top > 0.0 { (top / f32::from(TOP)).max(f32::MIN_POSITIVE) } else { 1.0 };
+                let posts = channel.entries(bits, step);
+                debug_assert_eq!(posts.len(), Table::entries(bits.into()));
+                fit.order.push(c % books.head_dim as u16);
+                fit.steps.push(step);
+                fit.posts.extend(posts);
+            }
+        }
+    }
+    let lower = books.channels.iter().map(|c| c.lower).collect();
+    let upper = books.channels.iter().map(|c| c.upper).collect();
+    SideFit { lower, upper, encode: Vec::new(), decode: Vec::new(), mixed: Some(fit) }
+}
+
+#[cfg(test)]
+mod tests;

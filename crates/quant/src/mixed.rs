@@ -1,0 +1,172 @@
+//! A side whose channels differ in width: what a fit of it holds, its checks, and its tensors in a quantizer file.
+
+use safetensors::tensor::{Dtype, SafeTensors};
+
+use crate::file::Fingerprint;
+use crate::lut::{TOP, Table};
+use crate::pack::{MAX_BITS, UNIT_CHANNELS};
+use crate::side::{QuantError, Side};
+
+/// How far a basis may be from orthogonal, in any product of two of its rows.
+const ORTHOGONAL: f64 = 1e-3;
+
+/// Widths, signposts and the transform of one side of one layer.
+///
+/// Places are channels in the order in which they are packed: heads stay apart, four neighbours share a width, and
+/// the pairs (2i, 2i + 1) of keys stay together.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MixedFit {
+    /// Bits of each unit of 4 places `[C / 4]`, 0 to 7.
+    pub widths: Vec<u8>,
+    /// The channel in its head that each place holds `[C]`.
+    pub order: Vec<u16>,
+    /// Size of a step `[C]`, by place; the same for both channels of a pair of keys.
+    pub steps: Vec<f32>,
+    /// Entries of each place's [`Table`], one place after another, in steps.
+    pub posts: Vec<i16>,
+    /// What is done to a head before it is quantized, and undone afterwards. Keys: the angle by which each pair is
+    /// turned `[C / 2]`; it commutes with RoPE. Values: the rows of an orthogonal basis `[kv_heads, head_dim, head_dim]`.
+    pub transform: Vec<f32>,
+}
+
+impl MixedFit {
+    /// Refuses what would not decode.
+    pub(crate) fn check(&self, side: Side, kv_heads: usize, head_dim: usize) -> Result<(), QuantError> {
+        let channels = kv_heads * head_dim;
+        let sized = |what, got: usize, expected| {
+            if got == expected { Ok(()) } else { Err(QuantError::FitSize { side, what, expected, got }) }
+        };
+        let wrong = |problem| Err(QuantError::Mixed { side, problem });
+        sized("widths", self.widths.len() * UNIT_CHANNELS, channels)?;
+        sized("order", self.order.len(), channels)?;
+        sized("steps", self.steps.len(), channels)?;
+        if self.widths.iter().any(|&b| b as u32 > MAX_BITS) {
+            return wrong("a width is above 7 bits");
+        }
+        let width = |place: usize| self.widths[place / UNIT_CHANNELS] as u32;
+        sized("signposts", self.posts.len(), (0..channels).map(|p| Table::entries(width(p))).sum())?;
+        let transform = if side == Side::Key { channels / 2 } else { channels * head_dim };
+        sized("transform", self.transform.len(), transform)?;
+        for head in self.order.chunks_exact(head_dim) {
+            let mut seen = vec![false; head_dim];
+            for &c in head {
+                if c as usize >= head_dim || std::mem::replace(&mut seen[c as usize], true) {
+                    return wrong("the order of a head is no permutation");
+                }
+            }
+        }
+        if side == Side::Key {
+            if self.order.as_chunks::<2>().0.iter().any(|[a, b]| a % 2 != 0 || *b != a + 1) {
+                return wrong("the order separates a RoPE pair");
+            }
+            if self.steps.as_chunks::<2>().0.iter().any(|[a, b]| a != b) {
+                return wrong("a RoPE pair has two steps");
+            }
+        }
+        if self.steps.iter().any(|s| !(s.is_finite() && *s > 0.0)) {
+            return wrong("a step is not a positive number");
+        }
+        let mut rest = &self.posts[..];
+        for place in 0..channels {
+            let bits = width(place);
+            let (entries, next) = rest.split_at(Table::entries(bits));
+            rest = next;
+            let table = Table::from_entries(entries);
+            let mut before = -TOP;
+            for code in 0..1u32 << bits {
+                let value = table.value(bits, code as u8);
+                if value < before || value > TOP {
+                    return wrong("signposts are not in order, or beyond 8191 steps");
+                }
+                before = value;
+            }
+        }
+        if self.transform.iter().any(|x| !x.is_finite()) {
+            return wrong("the transform is not finite");
+        }
+        if side == Side::Value {
+            for basis in self.transform.chunks_exact(head_dim * head_dim) {
+                for (i, a) in basis.chunks_exact(head_dim).enumerate() {
+                    for (j, b) in basis.chunks_exact(head_dim).enumerate().take(i + 1) {
+                        let product: f64 = a.iter().zip(b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+                        if (product - f64::from(u8::from(i == j))).abs() > ORTHOGONAL {
+                            return wrong("the basis is not orthogonal");
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Names of the tensors of a side.
+pub(crate) const TENSORS: [&str; 5] = ["widths", "order", "steps", "posts", "transform"];
+
+/// Tensors of all layers of a side.
+pub(crate) fn tensors(layers: &[MixedFit], prefix: &str) -> Vec<(String, Dtype, Vec<usize>, Vec<u8>)> {
+    let rows = layers.len();
+    let width = |bytes: usize, size: usize| vec![rows, bytes / size / rows.max(1)];
+    let name = |part: &str| format!("{prefix}.{part}");
+    let widths: Vec<u8> = layers.iter().flat_map(|l| l.widths.clone()).collect();
+    let order: Vec<u8> = layers.iter().flat_map(|l| &l.order).flat_map(|x| x.to_le_bytes()).collect();
+    let steps: Vec<u8> = layers.iter().flat_map(|l| &l.steps).flat_map(|x| x.to_le_bytes()).collect();
+    let posts: Vec<u8> = layers.iter().flat_map(|l| &l.posts).flat_map(|x| x.to_le_bytes()).collect();
+    let transform: Vec<u8> = layers.iter().flat_map(|l| &l.transform).flat_map(|x| x.to_le_bytes()).collect();
+    vec![
+        (name("widths"), Dtype::U8, width(widths.len(), 1), widths),
+        (name("order"), Dtype::U16, width(order.len(), 2), order),
+        (name("steps"), Dtype::F32, width(steps.len(), 4), steps),
+        (name("posts"), Dtype::I16, vec![posts.len() / 2], posts),
+        (name("transform"), Dtype::F32, width(transform.len(), 4), transform),
+    ]
+}
+
+/// Reads and checks all layers of a side; an error is the field and the problem.
+pub(crate) fn read(
+    file: &SafeTensors<'_>,
+    prefix: &str,
+    side: Side,
+    model: &Fingerprint,
+) -> Result<Vec<MixedFit>, (String, String)> {
+    let channels = model.kv_heads * model.head_dim;
+    let get = |part: &str, dtype: Dtype, width: Option<usize>| {
+        let field = format!("{prefix}.{part}");
+        let t = file.tensor(&field).map_err(|_| (field.clone(), "is missing".to_string()))?;
+        let expected = width.map(|w| vec![model.layers, w]);
+        if t.dtype() != dtype || expected.as_ref().map_or(t.shape().len() != 1, |e| t.shape() != e) {
+            return Err((field, format!("{:?} {:?}, expected {dtype:?} {expected:?}", t.dtype(), t.shape())));
+        }
+        Ok(t.data())
+    };
+    if !channels.is_multiple_of(UNIT_CHANNELS) {
+        return Err((prefix.to_string(), format!("{channels} channels, not a multiple of 4")));
+    }
+    let transform = if side == Side::Key { channels / 2 } else { channels * model.head_dim };
+    let widths = get("widths", Dtype::U8, Some(channels / UNIT_CHANNELS))?.chunks_exact(channels / UNIT_CHANNELS);
+    let order = get("order", Dtype::U16, Some(channels))?.as_chunks().0.chunks_exact(channels);
+    let steps = get("steps", Dtype::F32, Some(channels))?.as_chunks().0.chunks_exact(channels);
+    let mut posts = get("posts", Dtype::I16, None)?.as_chunks().0;
+    let transforms = get("transform", Dtype::F32, Some(transform))?.as_chunks().0.chunks_exact(transform);
+    let mut layers = Vec::with_capacity(model.layers);
+    for (l, (((widths, order), steps), transform)) in widths.zip(order).zip(steps).zip(transforms).enumerate() {
+        let entries: usize = widths.iter().map(|&b| UNIT_CHANNELS * Table::entries((b as u32).min(MAX_BITS))).sum();
+        let of_layer = posts.split_at_checked(entries);
+        let (own, rest) = of_layer.ok_or((format!("{prefix}.posts"), format!("ends within layer {l}")))?;
+        posts = rest;
+        let fit = MixedFit {
+            widths: widths.to_vec(),
+            order: order.iter().map(|b| u16::from_le_bytes(*b)).collect(),
+            steps: steps.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            posts: own.iter().map(|b| i16::from_le_bytes(*b)).collect(),
+            transform: transform.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        };
+        fit.check(side, model.kv_heads, model.head_dim).map_err(|e| (prefix.to_string(), format!("layer {l}: {e}")))?;
+        layers.push(fit);
+    }
+    if posts.is_empty() {
+        Ok(layers)
+    } else {
+        Err((format!("{prefix}.posts"), "has more entries than the widths".into()))
+    }
+}
