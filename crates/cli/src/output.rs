@@ -17,17 +17,9 @@ pub fn read_text(path: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// Writes a file: a temporary one beside it, then a rename.
+/// Writes a file whole or not at all.
 pub fn write(path: &Path, content: &str) -> Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.partial", std::process::id()));
-    let partial = path.with_file_name(name);
-    let written = std::fs::write(&partial, content).and_then(|()| std::fs::rename(&partial, path));
-    if written.is_err() {
-        // The first error is the one that matters.
-        let _ = std::fs::remove_file(&partial);
-    }
-    written.with_context(|| format!("{}: cannot write", path.display()))
+    kvquant_quant::write_whole(path, content.as_bytes()).with_context(|| format!("{}: cannot write", path.display()))
 }
 
 /// `1.5 MB`, in powers of 1000.

@@ -115,22 +115,20 @@ fn no_kernel_no_pip_no_space() {
         std::fs::read_dir(home.path().join("models")).into_iter().flatten().map(|e| e.unwrap().file_name()).collect();
     assert!(left.iter().all(|n| !n.to_string_lossy().ends_with(".gguf")), "{left:?}");
     let text = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/station.txt");
-    let plot = [
-        "eval",
-        "smollm2-135m",
-        "--text",
-        text,
-        "--windows",
-        "1",
-        "--ctx",
-        "32",
-        "--kv",
-        "int4-g32",
-        "--plot",
-        "/no/such/folder/a.svg",
-    ];
-    let (code, says) = run(&plot, &[]);
-    assert!(code == Some(1) && says.contains("/no/such/folder/a.svg") && says.contains("cannot write"), "{says}");
+    // The second is a disk without space, where the system has one.
+    for to in ["/no/such/folder/a.svg", "/dev/full"] {
+        if to == "/dev/full" && !Path::new(to).exists() {
+            eprintln!("skipped: no /dev/full here");
+            continue;
+        }
+        let small = ["--windows", "1", "--ctx", "32", "--kv", "int4-g32"];
+        let plot = [&["eval", "smollm2-135m", "--text", text][..], &small[..], &["--plot", to][..]].concat();
+        let (code, says) = run(&plot, &[]);
+        assert!(code == Some(1) && says.contains(to) && says.contains("cannot write"), "{says}");
+        let calibrate = ["calibrate", "smollm2-135m", "--text", text, "--windows", "1", "--ctx", "64", "-o", to];
+        let (code, says) = run(&calibrate, &[]);
+        assert!(code == Some(1) && says.contains(to) && says.contains("cannot write"), "{says}");
+    }
 }
 
 #[test]

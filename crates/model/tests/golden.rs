@@ -85,3 +85,27 @@ fn a_capital_is_known_and_limits_are_kept() {
     assert!(matches!(e, Err(ForwardError::Token { .. })));
     assert!(cache.is_empty());
 }
+
+#[test]
+fn numbers_that_are_not_finite_are_an_error_and_leave_the_cache_as_it_was() {
+    let (mut model, _) = load();
+    let mut cache = model.new_cache(&Spec::Fp16, None).unwrap();
+    let mut run = |model: &Model, tokens: &[u32]| {
+        let mut steps = [Step { tokens, cache: &mut cache, logits: Logits::Last }];
+        let result = model.forward(&mut steps, Prefill::Quantized).map(|_| ());
+        (result, cache.len())
+    };
+    assert!(matches!(run(&model, &[1, 2, 3]), (Ok(()), 3)));
+    let norm = std::mem::replace(&mut model.layers[4].attn_norm[7], f32::NAN);
+    let (error, len) = run(&model, &[4, 5]);
+    let error = error.unwrap_err();
+    assert!(matches!(error, ForwardError::Cache(_)) && len == 3, "{error}");
+    assert!(error.to_string().contains("layer 4") && error.to_string().contains("NaN"), "{error}");
+    model.layers[4].attn_norm[7] = norm;
+    let norm = std::mem::replace(&mut model.layers[6].ffn_norm[7], f32::INFINITY);
+    let (error, len) = run(&model, &[4, 5]);
+    let error = error.unwrap_err();
+    assert!(matches!(error, ForwardError::NotFinite { layer: 6 }) && len == 3, "{error}");
+    model.layers[6].ffn_norm[7] = norm;
+    assert!(matches!(run(&model, &[4, 5]), (Ok(()), 5)));
+}

@@ -15,7 +15,7 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::mixed::MixedFit;
 use crate::side::Side;
 use crate::spec::{CodebookKind, Scope, Spec};
+use crate::whole::write_whole;
 
 /// Version of the format that this code writes and reads.
 const FORMAT: u32 = 1;
@@ -371,20 +372,10 @@ impl Quantizer {
     /// # Errors
     /// The folder can't be written, or has no space.
     pub fn save(&self, path: &Path) -> Result<(), FileError> {
-        let bytes = self.to_bytes()?;
-        let mut name = path.file_name().unwrap_or_default().to_os_string();
-        name.push(format!(".{}.partial", std::process::id()));
-        let partial = path.with_file_name(name);
-        let write = || {
-            let mut file = std::fs::File::create(&partial)?;
-            file.write_all(&bytes)?;
-            file.sync_all()?;
-            std::fs::rename(&partial, path)
-        };
-        write().map_err(|source| {
-            // Best effort: the error that matters is the first.
-            let _ = std::fs::remove_file(&partial);
-            FileError::Io { path: path.into(), operation: "write", source }
+        write_whole(path, &self.to_bytes()?).map_err(|source| FileError::Io {
+            path: path.into(),
+            operation: "write",
+            source,
         })
     }
 

@@ -19,6 +19,7 @@ mod mixed;
 pub mod pack;
 mod side;
 mod spec;
+mod whole;
 
 pub use codebook::{normal_float, uniform};
 pub use file::{FileError, Fingerprint, Fit, LayerFit, Provenance, Quantizer, SideFit};
@@ -26,3 +27,4 @@ pub use lut::{Lut, TOP, Table};
 pub use mixed::MixedFit;
 pub use side::{Outlier, QuantError, Side, SideQuantizer, TokenCodes, fits_half};
 pub use spec::{CodebookKind, CodedSpec, FisherWeights, KeyStage, Scope, Spec, SpecError};
+pub use whole::write_whole;
