@@ -31,6 +31,9 @@ pub struct BlockTable {
     pub cos: Vec<f32>,
     /// `[head_dim / 2, BLOCK_TOKENS]`
     pub sin: Vec<f32>,
+    /// [-sin, cos, sin] of each place, pair by pair: an outlier in channel 2i turns to (cos, sin), one in channel
+    /// 2i + 1 to (-sin, cos), so that both read two neighbours.
+    pub(crate) turns: Vec<[[f32; BLOCK_TOKENS]; 3]>,
     /// cos in units of 2^-15, the tokens of each pair in [`shuffled`] order.
     pub(crate) cos16: Vec<[i16; BLOCK_TOKENS]>,
     /// sin likewise.
@@ -64,7 +67,7 @@ impl Rope {
 
     /// The table of places inside a block.
     pub fn block_table(&self) -> BlockTable {
-        let (sin, cos) = self
+        let (sin, cos): (Vec<f32>, Vec<f32>) = self
             .inv_freq
             .iter()
             .flat_map(|f| (0..BLOCK_TOKENS).map(move |j| (j as f64 * f).sin_cos()))
@@ -74,7 +77,14 @@ impl Rope {
             let of = |f: &f64| std::array::from_fn(|i| (part(shuffled(i) as f64 * f) * 32768.0).round() as i16);
             self.inv_freq.iter().map(of).collect()
         };
-        BlockTable { cos, sin, cos16: sixteen(f64::cos), sin16: sixteen(f64::sin) }
+        let turns = cos
+            .as_chunks()
+            .0
+            .iter()
+            .zip(sin.as_chunks().0)
+            .map(|(cos, sin): (&[f32; BLOCK_TOKENS], &[f32; BLOCK_TOKENS])| [sin.map(|x| -x), *cos, *sin])
+            .collect();
+        BlockTable { turns, cos16: sixteen(f64::cos), sin16: sixteen(f64::sin), cos, sin }
     }
 }
 

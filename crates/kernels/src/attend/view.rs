@@ -182,6 +182,24 @@ impl<'a> CodedView<'a> {
         (&self.lut.tables[i], self.lut.steps[i])
     }
 
+    /// The tables of a unit whose first place is given.
+    #[inline(always)]
+    pub(super) fn four_tables(&self, place: usize) -> [&'a Table; UNIT_CHANNELS] {
+        match self.lut.tables[place.min(self.lut.tables.len() - 1)..].first_chunk::<UNIT_CHANNELS>() {
+            Some([a, b, c, d]) => [a, b, c, d],
+            None => [&self.lut.tables[0]; UNIT_CHANNELS],
+        }
+    }
+
+    /// The steps likewise.
+    #[inline(always)]
+    pub(super) fn four_steps(&self, place: usize) -> [f32; UNIT_CHANNELS] {
+        match self.lut.steps[place.min(self.lut.steps.len() - 1)..].first_chunk() {
+            Some(steps) => *steps,
+            None => [self.lut.steps[0]; UNIT_CHANNELS],
+        }
+    }
+
     /// The channel at a place.
     #[inline(always)]
     pub(super) fn channel(&self, place: usize) -> usize {

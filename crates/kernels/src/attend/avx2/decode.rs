@@ -21,10 +21,8 @@ pub(in super::super) struct Line(pub [[i32; 8]; 2]);
 pub(in super::super) struct Scratch {
     /// Queries at the block's origin `[rows, head_dim]`.
     pub local: Vec<f32>,
-    /// Integer queries `[head_dim / 2][rows]`, a pair of 16-bit channels each.
+    /// Integer queries `[rows, head_dim / 2]`, a pair of 16-bit channels each.
     pub pairs: Vec<i32>,
-    /// Queries in the same order `[head_dim / 2][rows][2]`.
-    pub floats: Vec<f32>,
     /// Turned keys (see [`score`]).
     pub keys: Vec<Line>,
     /// Scores, then probabilities.

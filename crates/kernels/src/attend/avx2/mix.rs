@@ -88,29 +88,36 @@ pub(in super::super) fn prepared<const R: usize>(
     d: usize,
     out: &mut [f32],
 ) -> [Integers; R] {
-    std::array::from_fn(|r| {
-        let w = weights[r].as_chunks::<LANES>().0;
-        let mut w: [__m256; TOKENS / LANES] = std::array::from_fn(|i| load(&w[i]));
-        if let Some(s) = &v.scales {
-            let eight = |from: &[u16], i: usize| {
-                from[group * TOKENS + i * LANES..].first_chunk().map_or(_mm256_setzero_ps(), |e| halves(e))
-            };
-            if !s.zero.is_empty() {
-                let mut shift = _mm256_setzero_ps();
-                for (i, w) in w.iter().enumerate() {
-                    shift = _mm256_fmadd_ps(*w, eight(s.zero, i), shift);
-                }
-                let shift = sum(shift);
-                for o in &mut out[r * d + group * s.group_channels..][..s.group_channels] {
-                    *o += shift;
-                }
+    const VECTORS: usize = TOKENS / LANES;
+    let of_group = |from: &[u16]| -> [__m256; VECTORS] {
+        let from: &[[u16; LANES]; VECTORS] =
+            from[group * TOKENS..].as_chunks().0.first_chunk().expect("64 tokens a group");
+        std::array::from_fn(|i| halves(&from[i]))
+    };
+    let mut ints = [Integers { weights: [[_mm256_setzero_si256(); 2]; 2], unit: 0.0 }; R];
+    let scale = v.scales.map(|s| of_group(s.scale));
+    let zero = v.scales.filter(|s| !s.zero.is_empty()).map(|s| of_group(s.zero));
+    for r in 0..R {
+        let row = weights[r].as_chunks::<LANES>().0;
+        let mut w: [__m256; VECTORS] = std::array::from_fn(|i| load(&row[i]));
+        if let Some(zero) = &zero {
+            let mut shift = _mm256_setzero_ps();
+            for i in 0..VECTORS {
+                shift = _mm256_fmadd_ps(w[i], zero[i], shift);
             }
-            for (i, w) in w.iter_mut().enumerate() {
-                *w = _mm256_mul_ps(*w, eight(s.scale, i));
+            let shift = sum(shift);
+            for o in &mut out[r * d + group * v.group_channels()..][..v.group_channels()] {
+                *o += shift;
             }
         }
-        integers(&w)
-    })
+        if let Some(scale) = &scale {
+            for i in 0..VECTORS {
+                w[i] = _mm256_mul_ps(w[i], scale[i]);
+            }
+        }
+        ints[r] = integers(&w);
+    }
+    ints
 }
 
 /// Outliers.
@@ -121,8 +128,8 @@ pub(in super::super) fn rest<const R: usize>(v: &CodedView<'_>, weights: &[Row; 
         for (&place, &residual) in places.iter().zip(residuals) {
             let residual = unpack::half(u16::from_le_bytes(residual));
             let (t, c) = (place as usize % TOKENS, v.channel(u * UNIT_CHANNELS + place as usize / TOKENS));
-            for (r, w) in weights.iter().enumerate() {
-                out[r * d + c] += w[t] * residual;
+            for r in 0..R {
+                out[r * d + c] += weights[r][t] * residual;
             }
         }
     }
@@ -141,43 +148,50 @@ fn units<const B: u32, const R: usize>(
     let skip = range.start.saturating_sub(run.units.start);
     for (u, unit) in unpack::units::<B>(run).skip(skip).take(range.len()) {
         let place = u * UNIT_CHANNELS;
-        let [low, high] = unpack::codes::<B>(unit);
-        let mut sums = [[_mm256_setzero_si256(); UNIT_CHANNELS]; R];
-        for i in 0..UNIT_CHANNELS {
-            let [a, b] = unpack::look_up::<B>(v.table(place + i).0, low[i], high[i]);
-            for r in 0..R {
-                let w = &ints[r].weights;
-                let x = _mm256_add_epi32(_mm256_madd_epi16(a[0], w[0][0]), _mm256_madd_epi16(a[1], w[0][1]));
-                let y = _mm256_add_epi32(_mm256_madd_epi16(b[0], w[1][0]), _mm256_madd_epi16(b[1], w[1][1]));
-                sums[r][i] = _mm256_add_epi32(x, y);
+        let tables = v.four_tables(place);
+        // Sums over tokens are halved as early as can be, so that few of them wait in registers.
+        let mut halves = [[_mm256_setzero_si256(); R]; 2];
+        for (p, halves) in halves.iter_mut().enumerate() {
+            let [low, high] = unpack::codes::<B>(unit);
+            let mut first = [_mm256_setzero_si256(); R];
+            for i in [2 * p, 2 * p + 1] {
+                let [a, b] = unpack::look_up::<B>(tables[i], low[i], high[i]);
+                for r in 0..R {
+                    let w = &ints[r].weights;
+                    let x = _mm256_add_epi32(_mm256_madd_epi16(a[0], w[0][0]), _mm256_madd_epi16(a[1], w[0][1]));
+                    let y = _mm256_add_epi32(_mm256_madd_epi16(b[0], w[1][0]), _mm256_madd_epi16(b[1], w[1][1]));
+                    let sum = _mm256_add_epi32(x, y);
+                    if i % 2 == 0 {
+                        first[r] = sum;
+                    } else {
+                        halves[r] = _mm256_hadd_epi32(first[r], sum);
+                    }
+                }
             }
         }
+        let steps = v.four_steps(place);
         for r in 0..R {
-            add_unit(v, place, sums[r], ints[r].unit, &mut out[r * d..(r + 1) * d]);
+            let x = _mm256_hadd_epi32(halves[0][r], halves[1][r]);
+            let x = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+            add_unit(v, place, x, &steps, ints[r].unit, &mut out[r * d..(r + 1) * d]);
         }
     }
 }
 
-/// row[channels of the unit] += the sums of 4 vectors, times step and the weights' unit.
+/// row[channels of the unit] += the sums, times step and the weights' unit.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) fn add_unit(
     v: &CodedView<'_>,
     place: usize,
-    sums: [__m256i; UNIT_CHANNELS],
+    sums: __m128i,
+    steps: &[f32; UNIT_CHANNELS],
     unit: f32,
     row: &mut [f32],
 ) {
-    let steps = match v.lut.steps[..] {
-        [step] => _mm_set1_ps(step),
-        _ => {
-            let steps: &[f32; UNIT_CHANNELS] =
-                v.lut.steps[place..].first_chunk().expect("static sides have a step a place");
-            // SAFETY: 4 readable floats; unaligned loads are allowed.
-            unsafe { _mm_loadu_ps(steps.as_ptr()) }
-        }
-    };
-    let x = _mm_mul_ps(_mm_cvtepi32_ps(sum_each(sums)), _mm_mul_ps(steps, _mm_set1_ps(unit)));
+    // SAFETY: 4 readable floats; unaligned loads are allowed.
+    let steps = unsafe { _mm_loadu_ps(steps.as_ptr()) };
+    let x = _mm_mul_ps(_mm_cvtepi32_ps(sums), _mm_mul_ps(steps, _mm_set1_ps(unit)));
     if v.lut.order.is_empty() {
         let to: &mut [f32; UNIT_CHANNELS] = row[place..].first_chunk_mut().expect("a row has head_dim channels");
         // SAFETY: 4 readable and writable floats; unaligned access is allowed.
@@ -186,16 +200,8 @@ pub(in super::super) fn add_unit(
         let mut four = [0.0f32; UNIT_CHANNELS];
         // SAFETY: 4 writable floats; unaligned stores are allowed.
         unsafe { _mm_storeu_ps(four.as_mut_ptr(), x) };
-        for (i, x) in four.into_iter().enumerate() {
-            row[v.channel(place + i)] += x;
+        for (x, c) in four.into_iter().zip(&v.lut.order[place..]) {
+            row[*c as usize] += x;
         }
     }
-}
-
-/// Sums of four vectors, one a lane.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn sum_each(a: [__m256i; 4]) -> __m128i {
-    let x = _mm256_hadd_epi32(_mm256_hadd_epi32(a[0], a[1]), _mm256_hadd_epi32(a[2], a[3]));
-    _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x))
 }

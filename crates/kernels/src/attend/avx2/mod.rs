@@ -124,9 +124,9 @@ fn softmax(scores: &mut [f32; TOKENS], n: usize, row: usize, state: &mut State) 
     for x in &lanes[1..] {
         top = _mm256_max_ps(top, load(x));
     }
-    let mut each = [0.0; LANES];
-    store(&mut each, top);
-    let max = state.raise(row, each.into_iter().fold(f32::NEG_INFINITY, f32::max));
+    let top = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps::<1>(top));
+    let top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+    let max = state.raise(row, _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top))));
     let max = _mm256_set1_ps(max);
     let mut total = _mm256_setzero_ps();
     for x in lanes {

@@ -14,8 +14,8 @@
 
 use std::arch::x86_64::*;
 
+use kvquant_quant::TOP;
 use kvquant_quant::pack::UNIT_CHANNELS;
-use kvquant_quant::{TOP, Table};
 
 use super::super::view::{CodedView, Run, TOKENS};
 use super::decode::{Line, Row, Scratch};
@@ -29,9 +29,6 @@ const MAX_HEAD_DIM: usize = 512;
 /// Sum of the magnitudes of an integer query.
 const QUERY_SUM: f32 = (i32::MAX as f64 / (TOP as f64 * std::f64::consts::SQRT_2 + 2.0)) as f32 - 1024.0;
 
-/// R queries at the block's origin: `[pair of places][row]`, so that what belongs together is read together.
-pub(in super::super) type FloatPair<const R: usize> = [[f32; 2]; R];
-
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn coded(s: &mut Scratch, d: usize, v: &CodedView<'_>, turn: Option<&BlockTable>) {
@@ -43,13 +40,14 @@ pub(super) fn coded(s: &mut Scratch, d: usize, v: &CodedView<'_>, turn: Option<&
             None => by_width!(run, turned::<_, false>(v, &run, None, pairs, &mut s.keys)),
         }
     }
-    for (q, scores) in s.local.chunks(ROWS * d).zip(s.weights.chunks_mut(ROWS)) {
-        let (keys, pairs, floats) = (&s.keys, &mut s.pairs, &mut s.floats);
+    s.pairs.resize(s.weights.len() * pairs, 0);
+    let rows_of = s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * pairs)).zip(s.weights.chunks_mut(ROWS));
+    for ((q, ints), scores) in rows_of {
         match scores.len() {
-            1 => rows::<1>(q, d, v, turn, keys, pairs, floats, scores),
-            2 => rows::<2>(q, d, v, turn, keys, pairs, floats, scores),
-            3 => rows::<3>(q, d, v, turn, keys, pairs, floats, scores),
-            _ => rows::<4>(q, d, v, turn, keys, pairs, floats, scores),
+            1 => rows::<1>(q, d, v, turn, &s.keys, ints, scores),
+            2 => rows::<2>(q, d, v, turn, &s.keys, ints, scores),
+            3 => rows::<3>(q, d, v, turn, &s.keys, ints, scores),
+            _ => rows::<4>(q, d, v, turn, &s.keys, ints, scores),
         }
     }
 }
@@ -73,18 +71,17 @@ fn turned<const B: u32, const TURN: bool>(
     let (front, back) = keys.split_at_mut(2 * pairs);
     let (l0, l1) = front.split_at_mut(pairs);
     let (l2, l3) = back.split_at_mut(pairs);
-    for (u, unit) in unpack::units::<B>(run) {
-        let tables: &[Table; UNIT_CHANNELS] =
-            v.lut.tables[u * UNIT_CHANNELS..].first_chunk().expect("static sides have a table a place");
-        let [low, high] = unpack::codes::<B>(unit);
+    let of_run = run.units.start * 2..run.units.end * 2;
+    let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
+    let lines = l0[of_run.clone()].as_chunks_mut::<2>().0.iter_mut().zip(l1[of_run.clone()].as_chunks_mut::<2>().0);
+    let lines = lines.zip(l2[of_run.clone()].as_chunks_mut::<2>().0).zip(l3[of_run].as_chunks_mut::<2>().0);
+    for (((u, unit), tables), (((l0, l1), l2), l3)) in unpack::units::<B>(run).zip(tables).zip(lines) {
         for p in 0..UNIT_CHANNELS / 2 {
-            let pair = u * UNIT_CHANNELS / 2 + p;
-            let x = unpack::look_up::<B>(&tables[2 * p], low[2 * p], high[2 * p]);
-            let y = unpack::look_up::<B>(&tables[2 * p + 1], low[2 * p + 1], high[2 * p + 1]);
-            let [mut x0, mut x1] = x;
-            let [mut y0, mut y1] = y;
+            let [low, high] = unpack::codes::<B>(unit);
+            let [mut x0, mut x1] = unpack::look_up::<B>(&tables[2 * p], low[2 * p], high[2 * p]);
+            let [mut y0, mut y1] = unpack::look_up::<B>(&tables[2 * p + 1], low[2 * p + 1], high[2 * p + 1]);
             if TURN && let Some(table) = table {
-                let c = v.channel(2 * pair) / 2;
+                let c = v.channel(u * UNIT_CHANNELS + 2 * p) / 2;
                 let (cos, sin) = (table.cos16[c].as_chunks::<16>().0, table.sin16[c].as_chunks::<16>().0);
                 let at = |i: usize| (sixteen(&cos[i]), sixteen(&sin[i]));
                 (x0[0], y0[0]) = rotate(x0[0], y0[0], at(0));
@@ -92,10 +89,10 @@ fn turned<const B: u32, const TURN: bool>(
                 (x0[1], y0[1]) = rotate(x0[1], y0[1], at(2));
                 (x1[1], y1[1]) = rotate(x1[1], y1[1], at(3));
             }
-            store(x0[0], y0[0], &mut l0[pair]);
-            store(x0[1], y0[1], &mut l1[pair]);
-            store(x1[0], y1[0], &mut l2[pair]);
-            store(x1[1], y1[1], &mut l3[pair]);
+            store(x0[0], y0[0], &mut l0[p]);
+            store(x0[1], y0[1], &mut l1[p]);
+            store(x1[0], y1[0], &mut l2[p]);
+            store(x1[1], y1[1], &mut l3[p]);
         }
     }
 }
@@ -119,132 +116,118 @@ fn store(x: __m256i, y: __m256i, Line([first, second]): &mut Line) {
     }
 }
 
-/// Queries of R rows by place, as they are and as integers: each channel times its step, scaled by the inverse of the
-/// returned factor and rounded.
+/// An integer query: each channel, in the order of places, times its step, scaled by the inverse of the returned
+/// factor and rounded.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) fn integers<const R: usize>(
-    q: &[f32],
-    d: usize,
-    v: &CodedView<'_>,
-    pairs: &mut [[i32; R]],
-    floats: &mut [FloatPair<R>],
-) -> [f32; R] {
-    let mut factors = [0.0; R];
-    let steps = v.lut.steps.as_chunks::<UNIT_CHANNELS>().0;
-    for (r, q) in q.chunks_exact(d).enumerate() {
-        let mut ordered = [0.0f32; MAX_HEAD_DIM];
-        let q = if v.lut.order.is_empty() {
-            q
-        } else {
-            for (to, c) in ordered.iter_mut().zip(v.lut.order) {
-                *to = q[*c as usize];
-            }
-            &ordered[..d]
-        };
-        let q = q.as_chunks::<UNIT_CHANNELS>().0;
-        let stepped = |i: usize| {
-            // SAFETY: 4 readable floats each; unaligned loads are allowed.
-            unsafe { _mm_mul_ps(_mm_loadu_ps(q[i].as_ptr()), _mm_loadu_ps(steps[i].as_ptr())) }
-        };
-        let sign = _mm_set1_ps(-0.0);
-        let (mut most, mut total) = (_mm_setzero_ps(), _mm_setzero_ps());
-        for (i, pairs) in floats.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            let x = _mm_andnot_ps(sign, stepped(i));
-            most = _mm_max_ps(most, x);
-            total = _mm_add_ps(total, x);
-            pairs[0][r] = [q[i][0], q[i][1]];
-            pairs[1][r] = [q[i][2], q[i][3]];
+pub(in super::super) fn integers(q: &[f32], v: &CodedView<'_>, ints: &mut [i32]) -> f32 {
+    let mut ordered = [0.0f32; MAX_HEAD_DIM];
+    let q = if v.lut.order.is_empty() {
+        q
+    } else {
+        for (to, c) in ordered.iter_mut().zip(v.lut.order) {
+            *to = q[*c as usize];
         }
-        let most = _mm_max_ps(most, _mm_movehl_ps(most, most));
-        let most = _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
-        let total = _mm_add_ps(total, _mm_movehl_ps(total, total));
-        let total = _mm_cvtss_f32(_mm_add_ss(total, _mm_movehdup_ps(total)));
-        let factor = if total > 0.0 { (32767.0 / most).min(QUERY_SUM / total) } else { 0.0 };
-        // A query of zeros, or one too small to scale, scores 0.
-        let factor = if factor.is_finite() { factor } else { 0.0 };
-        factors[r] = if factor > 0.0 { 1.0 / factor } else { 0.0 };
-        let scale = _mm_set1_ps(factor);
-        for (i, to) in pairs.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-            let x = _mm_cvtps_epi32(_mm_mul_ps(stepped(i), scale));
-            let x = _mm_packs_epi32(x, x);
-            to[0][r] = _mm_cvtsi128_si32(x);
-            to[1][r] = _mm_extract_epi32::<1>(x);
-        }
+        &ordered[..q.len()]
+    };
+    let both = || q.as_chunks::<UNIT_CHANNELS>().0.iter().zip(v.lut.steps.as_chunks::<UNIT_CHANNELS>().0);
+    let stepped = |(q, step): (&[f32; UNIT_CHANNELS], &[f32; UNIT_CHANNELS])| {
+        // SAFETY: 4 readable floats each; unaligned loads are allowed.
+        unsafe { _mm_mul_ps(_mm_loadu_ps(q.as_ptr()), _mm_loadu_ps(step.as_ptr())) }
+    };
+    let sign = _mm_set1_ps(-0.0);
+    let (mut most, mut total) = (_mm_setzero_ps(), _mm_setzero_ps());
+    for four in both() {
+        let x = _mm_andnot_ps(sign, stepped(four));
+        most = _mm_max_ps(most, x);
+        total = _mm_add_ps(total, x);
     }
-    factors
+    let most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    let most = _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+    let total = _mm_add_ps(total, _mm_movehl_ps(total, total));
+    let total = _mm_cvtss_f32(_mm_add_ss(total, _mm_movehdup_ps(total)));
+    let factor = if total > 0.0 { (32767.0 / most).min(QUERY_SUM / total) } else { 0.0 };
+    // A query of zeros, or one too small to scale, scores 0.
+    let factor = if factor.is_finite() { factor } else { 0.0 };
+    let scale = _mm_set1_ps(factor);
+    for (four, to) in both().zip(ints.as_chunks_mut::<2>().0) {
+        let x = _mm_cvtps_epi32(_mm_mul_ps(stepped(four), scale));
+        // SAFETY: 8 writable bytes; unaligned stores are allowed.
+        unsafe { _mm_storel_epi64(to.as_mut_ptr().cast(), _mm_packs_epi32(x, x)) };
+    }
+    if factor > 0.0 { 1.0 / factor } else { 0.0 }
 }
 
 /// Pass 2: scores of R rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-#[allow(clippy::too_many_arguments)]
 fn rows<const R: usize>(
     q: &[f32],
     d: usize,
     v: &CodedView<'_>,
     turn: Option<&BlockTable>,
     keys: &[Line],
-    pairs: &mut Vec<i32>,
-    floats: &mut Vec<f32>,
+    ints: &mut [i32],
     scores: &mut [Row],
 ) {
-    pairs.resize(R * d / 2, 0);
-    floats.resize(R * d, 0.0);
-    let queries = pairs.as_chunks_mut::<R>().0;
-    let floats = floats.as_chunks_mut::<2>().0.as_chunks_mut::<R>().0;
+    let pairs = d / 2;
     let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
-    let factors = integers::<R>(q, d, v, queries, floats);
-    for (l, line) in keys.chunks_exact(d / 2).enumerate() {
+    let mut factors = [0.0; R];
+    for ((q, ints), factor) in q.chunks_exact(d).zip(ints.chunks_exact_mut(pairs)).zip(&mut factors) {
+        *factor = integers(q, v, ints);
+    }
+    let queries: [&[i32]; R] = std::array::from_fn(|r| &ints[r * pairs..(r + 1) * pairs]);
+    for (l, lines) in keys.chunks_exact(pairs).enumerate() {
         let mut sums = [[_mm256_setzero_si256(); 2]; R];
-        for (Line(k), q) in line.iter().zip(&*queries) {
+        for (p, Line(k)) in lines.iter().enumerate() {
             // SAFETY: 32 readable bytes each; unaligned loads are allowed.
             let k = unsafe { [_mm256_loadu_si256(k[0].as_ptr().cast()), _mm256_loadu_si256(k[1].as_ptr().cast())] };
             for r in 0..R {
-                let q = _mm256_set1_epi32(q[r]);
+                // SAFETY: every query holds `pairs` pairs, as many as there are lines.
+                let q = _mm256_set1_epi32(unsafe { *queries[r].get_unchecked(p) });
                 sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(k[0], q));
                 sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(k[1], q));
             }
         }
         for r in 0..R {
-            for j in 0..2 {
-                let x = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][j]), _mm256_set1_ps(factors[r]));
-                let at = l / 2 * 32 + l % 2 * 8 + j * 4;
-                let (first, second) = (_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-                let to: &mut [f32; 20] = scores[r][at..].first_chunk_mut().expect("tokens 0, 4, 8, 12 of a half");
-                // SAFETY: places 0..4 and 16..20 of 20 floats; unaligned stores are allowed.
-                unsafe {
-                    _mm_storeu_ps(to.as_mut_ptr(), first);
-                    _mm_storeu_ps(to.as_mut_ptr().add(16), second);
-                }
-            }
+            let factor = _mm256_set1_ps(factors[r]);
+            let x = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][0]), factor);
+            let y = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][1]), factor);
+            // Tokens 0-3 and 16-19, 4-7 and 20-23: to 0-7 and 16-23.
+            let row = scores[r].as_chunks_mut::<8>().0;
+            let at = l / 2 * 4 + l % 2;
+            super::store(&mut row[at], _mm256_permute2f128_ps::<0x20>(x, y));
+            super::store(&mut row[at + 2], _mm256_permute2f128_ps::<0x31>(x, y));
         }
     }
-    outliers::<R>(v, turn, floats, scores);
+    outliers::<R>(q, d, v, turn, scores);
 }
 
 /// scores[r][t] += residual * (the query's share of the channel at the token).
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) fn outliers<const R: usize>(
+    q: &[f32],
+    d: usize,
     v: &CodedView<'_>,
     turn: Option<&BlockTable>,
-    queries: &[FloatPair<R>],
     scores: &mut [Row; R],
 ) {
+    let queries: [&[[f32; 2]]; R] = std::array::from_fn(|r| q[r * d..(r + 1) * d].as_chunks::<2>().0);
     for (u, places, residuals) in v.outliers_by_unit() {
-        let queries: &[FloatPair<R>; 2] = queries[2 * u..].first_chunk().expect("two pairs a unit");
         for (&place, &residual) in places.iter().zip(residuals) {
             let residual = unpack::half(u16::from_le_bytes(residual));
             let (t, i) = (place as usize % TOKENS, place as usize / TOKENS);
-            // x turns to (x cos, x sin), y to (-y sin, y cos).
-            let (mut a, mut b) = if i % 2 == 0 { (residual, 0.0) } else { (0.0, residual) };
-            if let Some(table) = turn {
-                let at = v.channel(u * UNIT_CHANNELS + i) / 2 * TOKENS + t;
-                let (cos, sin) = (table.cos[at], table.sin[at]);
-                (a, b) = (a * cos - b * sin, a * sin + b * cos);
-            }
+            let pair = v.channel(u * UNIT_CHANNELS + i) / 2;
+            let odd = i % 2;
+            let (a, b) = match turn {
+                Some(table) => {
+                    let turns = table.turns[pair].as_flattened();
+                    (turns[(1 - odd) * TOKENS + t] * residual, turns[(2 - odd) * TOKENS + t] * residual)
+                }
+                None => ([residual, 0.0][odd], [0.0, residual][odd]),
+            };
             for r in 0..R {
-                let [x, y] = queries[i / 2][r];
+                let [x, y] = queries[r][pair];
                 scores[r][t] += x * a + y * b;
             }
         }

@@ -63,18 +63,30 @@ fn by_units<const B: u32, const R: usize>(
     let skip = range.start.saturating_sub(run.units.start);
     for (u, unit) in units::<B>(run).skip(skip).take(range.len()) {
         let place = u * UNIT_CHANNELS;
+        let tables = v.four_tables(place);
         let [low, high] = unpack::codes::<B>(unit);
-        let mut sums = [[_mm256_setzero_si256(); UNIT_CHANNELS]; R];
-        for i in 0..UNIT_CHANNELS {
-            let [a, b] = unpack::look_up::<B>(v.table(place + i).0, low[i], high[i]);
-            for r in 0..R {
-                let x = _mm512_dpwssd_epi32(_mm512_setzero_si512(), a, w[r][0]);
-                let x = _mm512_dpwssd_epi32(x, b, w[r][1]);
-                sums[r][i] = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x));
+        let mut halves = [[_mm256_setzero_si256(); R]; 2];
+        for (p, halves) in halves.iter_mut().enumerate() {
+            let mut first = [_mm256_setzero_si256(); R];
+            for i in [2 * p, 2 * p + 1] {
+                let [a, b] = unpack::look_up::<B>(tables[i], low[i], high[i]);
+                for r in 0..R {
+                    let x = _mm512_dpwssd_epi32(_mm512_setzero_si512(), a, w[r][0]);
+                    let x = _mm512_dpwssd_epi32(x, b, w[r][1]);
+                    let sum = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x));
+                    if i % 2 == 0 {
+                        first[r] = sum;
+                    } else {
+                        halves[r] = _mm256_hadd_epi32(first[r], sum);
+                    }
+                }
             }
         }
+        let steps = v.four_steps(place);
         for r in 0..R {
-            add_unit(v, place, sums[r], ints[r].unit, &mut out[r * d..(r + 1) * d]);
+            let x = _mm256_hadd_epi32(halves[0][r], halves[1][r]);
+            let x = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+            add_unit(v, place, x, &steps, ints[r].unit, &mut out[r * d..(r + 1) * d]);
         }
     }
 }

@@ -7,7 +7,6 @@
 
 use std::arch::x86_64::*;
 
-use kvquant_quant::Table;
 use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::avx2::decode::{Line, Row, Scratch};
@@ -28,13 +27,14 @@ pub(in super::super) fn coded(s: &mut Scratch, d: usize, v: &CodedView<'_>, turn
             None => by_width!(run, turned::<_, false>(v, &run, None, pairs, &mut s.keys)),
         }
     }
-    for (q, scores) in s.local.chunks(ROWS * d).zip(s.weights.chunks_mut(ROWS)) {
-        let (keys, pairs, floats) = (&s.keys, &mut s.pairs, &mut s.floats);
+    s.pairs.resize(s.weights.len() * pairs, 0);
+    let rows_of = s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * pairs)).zip(s.weights.chunks_mut(ROWS));
+    for ((q, ints), scores) in rows_of {
         match scores.len() {
-            1 => rows::<1>(q, d, v, turn, keys, pairs, floats, scores),
-            2 => rows::<2>(q, d, v, turn, keys, pairs, floats, scores),
-            3 => rows::<3>(q, d, v, turn, keys, pairs, floats, scores),
-            _ => rows::<4>(q, d, v, turn, keys, pairs, floats, scores),
+            1 => rows::<1>(q, d, v, turn, &s.keys, ints, scores),
+            2 => rows::<2>(q, d, v, turn, &s.keys, ints, scores),
+            3 => rows::<3>(q, d, v, turn, &s.keys, ints, scores),
+            _ => rows::<4>(q, d, v, turn, &s.keys, ints, scores),
         }
     }
 }
@@ -65,24 +65,25 @@ fn turned<const B: u32, const TURN: bool>(
     let (front, back) = keys.split_at_mut(2 * pairs);
     let (l0, l1) = front.split_at_mut(pairs);
     let (l2, l3) = back.split_at_mut(pairs);
-    for (u, unit) in units::<B>(run) {
-        let tables: &[Table; UNIT_CHANNELS] =
-            v.lut.tables[u * UNIT_CHANNELS..].first_chunk().expect("static sides have a table a place");
+    let of_run = run.units.start * 2..run.units.end * 2;
+    let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
+    let lines = l0[of_run.clone()].as_chunks_mut::<2>().0.iter_mut().zip(l1[of_run.clone()].as_chunks_mut::<2>().0);
+    let lines = lines.zip(l2[of_run.clone()].as_chunks_mut::<2>().0).zip(l3[of_run].as_chunks_mut::<2>().0);
+    for (((u, unit), tables), (((l0, l1), l2), l3)) in units::<B>(run).zip(tables).zip(lines) {
         let [low, high] = unpack::codes::<B>(unit);
         for p in 0..UNIT_CHANNELS / 2 {
-            let pair = u * UNIT_CHANNELS / 2 + p;
             let [mut x0, mut x1] = unpack::look_up::<B>(&tables[2 * p], low[2 * p], high[2 * p]);
             let [mut y0, mut y1] = unpack::look_up::<B>(&tables[2 * p + 1], low[2 * p + 1], high[2 * p + 1]);
             if TURN && let Some(table) = table {
-                let c = v.channel(2 * pair) / 2;
+                let c = v.channel(u * UNIT_CHANNELS + 2 * p) / 2;
                 let (cos, sin) = (table.cos16[c].as_chunks::<32>().0, table.sin16[c].as_chunks::<32>().0);
                 (x0, y0) = rotate(x0, y0, load(&cos[0]), load(&sin[0]));
                 (x1, y1) = rotate(x1, y1, load(&cos[1]), load(&sin[1]));
             }
-            store(_mm512_unpacklo_epi16(x0, y0), &mut l0[pair]);
-            store(_mm512_unpackhi_epi16(x0, y0), &mut l1[pair]);
-            store(_mm512_unpacklo_epi16(x1, y1), &mut l2[pair]);
-            store(_mm512_unpackhi_epi16(x1, y1), &mut l3[pair]);
+            store(_mm512_unpacklo_epi16(x0, y0), &mut l0[p]);
+            store(_mm512_unpackhi_epi16(x0, y0), &mut l1[p]);
+            store(_mm512_unpacklo_epi16(x1, y1), &mut l2[p]);
+            store(_mm512_unpackhi_epi16(x1, y1), &mut l3[p]);
         }
     }
 }
@@ -98,52 +99,52 @@ fn rotate(x: __m512i, y: __m512i, cos: __m512i, sin: __m512i) -> (__m512i, __m51
 
 /// Pass 2: scores of R rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-#[allow(clippy::too_many_arguments)]
 fn rows<const R: usize>(
     q: &[f32],
     d: usize,
     v: &CodedView<'_>,
     turn: Option<&BlockTable>,
     keys: &[Line],
-    pairs: &mut Vec<i32>,
-    floats: &mut Vec<f32>,
+    ints: &mut [i32],
     scores: &mut [Row],
 ) {
-    pairs.resize(R * d / 2, 0);
-    floats.resize(R * d, 0.0);
-    let queries = pairs.as_chunks_mut::<R>().0;
-    let floats = floats.as_chunks_mut::<2>().0.as_chunks_mut::<R>().0;
+    let pairs = d / 2;
     let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
-    let factors = integers::<R>(q, d, v, queries, floats);
+    let mut factors = [0.0; R];
+    for ((q, ints), factor) in q.chunks_exact(d).zip(ints.chunks_exact_mut(pairs)).zip(&mut factors) {
+        *factor = integers(q, v, ints);
+    }
+    let queries: [&[i32]; R] = std::array::from_fn(|r| &ints[r * pairs..(r + 1) * pairs]);
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
     let (front, back) = keys.split_at(d);
-    let (l0, l1) = front.split_at(d / 2);
-    let (l2, l3) = back.split_at(d / 2);
-    for ((((k0, k1), k2), k3), q) in l0.iter().zip(l1).zip(l2).zip(l3).zip(&*queries) {
+    let (l0, l1) = front.split_at(pairs);
+    let (l2, l3) = back.split_at(pairs);
+    for (p, (((k0, k1), k2), k3)) in l0.iter().zip(l1).zip(l2).zip(l3).enumerate() {
         // SAFETY: a line is 64 readable bytes; unaligned loads are allowed.
         let k = unsafe { [k0, k1, k2, k3].map(|k| _mm512_loadu_si512(k.0.as_ptr().cast())) };
         for r in 0..R {
-            let q = _mm512_set1_epi32(q[r]);
+            // SAFETY: every query holds `pairs` pairs, as many as there are lines.
+            let q = _mm512_set1_epi32(unsafe { *queries[r].get_unchecked(p) });
             for i in 0..4 {
                 sums[r][i] = _mm512_dpwssd_epi32(sums[r][i], k[i], q);
             }
         }
     }
     for r in 0..R {
-        let row = scores[r].as_chunks_mut::<4>().0;
-        for i in 0..4 {
-            let x = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][i]), _mm512_set1_ps(factors[r]));
-            let fours = [
-                _mm512_extractf32x4_ps::<0>(x),
-                _mm512_extractf32x4_ps::<1>(x),
-                _mm512_extractf32x4_ps::<2>(x),
-                _mm512_extractf32x4_ps::<3>(x),
-            ];
-            for (j, four) in fours.into_iter().enumerate() {
-                // SAFETY: 4 writable floats; unaligned stores are allowed.
-                unsafe { _mm_storeu_ps(row[4 * j + i].as_mut_ptr(), four) };
-            }
+        let x = sums[r].map(|x| _mm512_mul_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(factors[r])));
+        // Lane j of vector i holds tokens 16 j + 4 i and three more: a transpose of lanes.
+        let (a, b) = (_mm512_shuffle_f32x4::<0x44>(x[0], x[1]), _mm512_shuffle_f32x4::<0xee>(x[0], x[1]));
+        let (c, e) = (_mm512_shuffle_f32x4::<0x44>(x[2], x[3]), _mm512_shuffle_f32x4::<0xee>(x[2], x[3]));
+        let sorted = [
+            _mm512_shuffle_f32x4::<0x88>(a, c),
+            _mm512_shuffle_f32x4::<0xdd>(a, c),
+            _mm512_shuffle_f32x4::<0x88>(b, e),
+            _mm512_shuffle_f32x4::<0xdd>(b, e),
+        ];
+        for (to, x) in scores[r].as_chunks_mut::<16>().0.iter_mut().zip(sorted) {
+            // SAFETY: 16 writable floats; unaligned stores are allowed.
+            unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) };
         }
     }
-    outliers::<R>(v, turn, floats, scores);
+    outliers::<R>(q, d, v, turn, scores);
 }
