@@ -48,7 +48,7 @@ pub fn is_input(e: &Error) -> bool {
             || c.is::<TokenizerError>()
             || c.is::<TemplateError>()
             || c.is::<DispatchError>()
-            || matches!(c.downcast_ref(), Some(PullError::Unknown { .. }))
+            || matches!(c.downcast_ref(), Some(PullError::Unknown { .. } | PullError::NoHub { .. }))
             || matches!(c.downcast_ref(), Some(SamplingError::Parameter { .. }))
             || c.downcast_ref().is_some_and(file)
             || c.downcast_ref().is_some_and(forward)

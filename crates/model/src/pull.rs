@@ -9,9 +9,12 @@
 //! MODELS/NAME.gguf             the model
 //! MODELS/NAME.gguf.verified    size and time of the file whose SHA-256 was found right
 //! MODELS/.partial/NAME/        lock, wheels, the file while it is joined
+//! MODELS/ORG--NAME/REVISION/   files of the hub; *.partial while they are fetched
 //! ```
 
 mod fetch;
+#[cfg(feature = "hub")]
+mod hub;
 mod known;
 mod store;
 
@@ -59,6 +62,22 @@ pub enum PullError {
         words: String,
         /// The folder of partial downloads.
         kept: PathBuf,
+    },
+    /// A model of the hub, without the feature.
+    #[error(
+        "{arg}: no such file or folder, and this build can't reach the Hugging Face hub; build it with `--features hub`, or fetch the folder otherwise (config.json, *.safetensors, tokenizer.json, tokenizer_config.json) and give its path"
+    )]
+    NoHub {
+        /// As given.
+        arg: String,
+    },
+    /// The hub can't be reached, or has not what is needed.
+    #[error("{url}: {problem}")]
+    Hub {
+        /// What was asked for.
+        url: String,
+        /// What came, and what to do.
+        problem: String,
     },
     /// A file operation failed.
     #[error("{operation} {path}: {source}{remedy}", path = .path.display(), remedy = remedy(.source))]
@@ -113,13 +132,36 @@ fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Pul
     move |source| PullError::Io { operation, path, source }
 }
 
-/// The path of a known model, fetched when it is not there yet or is damaged.
+/// Whether a name can stand for itself in a URL and in a folder.
+fn plain(part: &str) -> bool {
+    !part.is_empty()
+        && !part.starts_with('.')
+        && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
+}
+
+/// Whether a name is ORG/NAME or ORG/NAME/FILE.gguf of the hub, and no path.
+fn of_hub(name: &str) -> bool {
+    let parts: Vec<&str> = name.split('/').collect();
+    let file = parts.get(2).is_none_or(|f| f.ends_with(".gguf"));
+    (2..=3).contains(&parts.len()) && parts.iter().all(|p| plain(p)) && file && !parts[1].ends_with(".gguf")
+}
+
+/// The path of a known model, or of one of the Hugging Face hub (ORG/NAME, or ORG/NAME/FILE.gguf; a build with the feature
+/// `hub`), fetched when it is not there yet or is damaged.
 ///
 /// # Errors
 /// The name is not known, or the model can't be fetched; each error says what to do.
 pub fn pull(name: &str, progress: &mut Progress<'_>) -> Result<PathBuf, PullError> {
-    let model = known(name).ok_or_else(|| unknown(name))?;
-    Store::from_env()?.pull(model, progress)
+    if let Some(model) = known(name) {
+        return Store::from_env()?.pull(model, progress);
+    }
+    if !of_hub(name) {
+        return Err(unknown(name));
+    }
+    #[cfg(feature = "hub")]
+    return hub::pull(name, &Store::from_env()?, progress);
+    #[cfg(not(feature = "hub"))]
+    Err(PullError::NoHub { arg: name.to_owned() })
 }
 
 /// The path of a model: an existing file or folder, or a known name, which is pulled.
@@ -141,4 +183,23 @@ pub fn known(name: &str) -> Option<&'static KnownModel> {
 fn unknown(arg: &str) -> PullError {
     let known: Vec<&str> = KNOWN.iter().map(|m| m.name).collect();
     PullError::Unknown { arg: arg.to_owned(), known: known.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_the_hub_are_told_from_paths() {
+        for name in ["org/name", "Qwen/Qwen2.5-0.5B", "o/m/file-Q4_0.gguf"] {
+            assert!(of_hub(name), "{name}");
+        }
+        for name in
+            ["name", "dir/model.gguf", "../name", "a/../b", "/a/b", "a/b/c", "a//b", "a/b?", "models/x/y/z.gguf"]
+        {
+            assert!(!of_hub(name), "{name}");
+        }
+        #[cfg(not(feature = "hub"))]
+        assert!(pull("org/name", &mut |_, _, _| {}).unwrap_err().to_string().contains("--features hub"));
+    }
 }

@@ -178,7 +178,12 @@ impl Tokenizer {
         for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
             end_of_turn.extend(vocab.id(g, key)?);
         }
-        let added = vocab.added();
+        let mut added = vocab.added();
+        if pieces && g.opt_str("general.architecture")? == Some("phi3") {
+            // Files do not say it: added tokens of this family take the white space behind them along.
+            const OTHERS: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
+            added.iter_mut().filter(|a| !OTHERS.contains(&a.text.as_str())).for_each(|a| a.right = true);
+        }
         let ends = added.iter().filter(|a| a.kind == Kind::Control && ENDS.contains(&a.text.as_str()));
         end_of_turn.extend(ends.map(|a| a.id));
         end_of_turn.sort_unstable();

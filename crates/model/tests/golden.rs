@@ -3,6 +3,7 @@
 mod common;
 
 use kvquant_cache::Prefill;
+use kvquant_kernels::attend::Kernels;
 use kvquant_model::generate::{GenerateOptions, StopReason, generate};
 use kvquant_model::sampling::{Sampler, SamplingParams};
 use kvquant_model::{ForwardError, Logits, Model, Step, Tokenizer};
@@ -108,4 +109,47 @@ fn numbers_that_are_not_finite_are_an_error_and_leave_the_cache_as_it_was() {
     assert!(matches!(error, ForwardError::NotFinite { layer: 6 }) && len == 3, "{error}");
     model.layers[6].ffn_norm[7] = norm;
     assert!(matches!(run(&model, &[4, 5]), (Ok(()), 5)));
+}
+
+/// Scalar kernels compute in f32 with what the quantizer decodes to, bit for bit: a simulated quantizer. The fast ones
+/// work on codes and integers, and may not lose more than 2 % beyond it.
+#[test]
+fn kernels_lose_no_more_than_the_quantizer() {
+    let (model, tokenizer) = load();
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let quantizer = kvquant_quant::Quantizer::load(&folder.join("../../quantizers/smollm2-135m.safetensors")).unwrap();
+    let text = std::fs::read_to_string(folder.join("../cli/assets/station.txt")).unwrap();
+    let ids = &tokenizer.encode(&text, false).unwrap()[..640];
+    let logits = |spec: &str, kernels: Option<Kernels>| {
+        let mut cache = model.new_cache(&spec.parse().unwrap(), Some(&quantizer)).unwrap();
+        kernels.into_iter().for_each(|k| cache.set_kernels(k));
+        let mut all = Vec::new();
+        for tokens in ids.chunks(128) {
+            let mut steps = [Step { tokens, cache: &mut cache, logits: Logits::All }];
+            all.extend(model.forward(&mut steps, Prefill::Quantized).unwrap());
+        }
+        all
+    };
+    let vocab = model.config.vocab;
+    let probabilities = |row: &[f32]| -> Vec<f64> {
+        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let e: Vec<f64> = row.iter().map(|x| f64::from(x - max).exp()).collect();
+        let sum: f64 = e.iter().sum();
+        e.iter().map(|x| x / sum).collect()
+    };
+    let exact = logits("fp16", None);
+    let divergence = |other: &[f32]| -> f64 {
+        let rows = exact.chunks_exact(vocab).zip(other.chunks_exact(vocab));
+        rows.map(|(p, q)| {
+            let (p, q) = (probabilities(p), probabilities(q));
+            p.iter().zip(&q).filter(|(p, _)| **p > 0.0).map(|(p, q)| p * (p / q.max(1e-300)).ln()).sum::<f64>()
+        })
+        .sum()
+    };
+    for spec in ["nuq3-1%+sink1", "nuq2-1%+sink1"] {
+        let (simulated, fast) =
+            (divergence(&logits(spec, Some(Kernels::available()[0]))), divergence(&logits(spec, None)));
+        eprintln!("{spec}: {:.5} simulated, {:.5} through the kernels", simulated / 640.0, fast / 640.0);
+        assert!(fast <= 1.02 * simulated, "{spec}: {fast} {simulated}");
+    }
 }

@@ -120,8 +120,9 @@ fn every_pre_tokenizer_has_the_ids_of_the_reference() {
 #[test]
 fn sentencepiece_has_the_ids_of_the_reference() {
     let head = fixture("vocab-spm.json");
-    for (name, prefix) in [("false", 0), ("true", 1)] {
+    for (name, prefix) in [("false", 0), ("true", 1), ("phi3", 1)] {
         let b = small(&head)
+            .meta("general.architecture", Meta::Str(if name == "phi3" { "phi3" } else { "llama" }))
             .meta("tokenizer.ggml.bos_token_id", Meta::U32(1))
             .meta("tokenizer.ggml.add_space_prefix", Meta::Bool(prefix));
         let t = build(b.clone()).expect("sound");

@@ -40,6 +40,12 @@ impl Store {
         Self { folder, pips: PIPS }
     }
 
+    /// The folder itself.
+    #[cfg(feature = "hub")]
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Where a model lies or will lie.
     pub fn path(&self, model: &KnownModel) -> PathBuf {
         self.folder.join(format!("{}.gguf", model.name))
