@@ -205,8 +205,8 @@ impl Cache {
         out: &mut [f32],
     ) -> Result<(), CacheError> {
         let CacheShape { heads, kv_heads, head_dim: d, .. } = self.shape;
-        let Some(t) = self.transforms.get(layer) else { return self.store_and_attend(layer, q, k, v, prefill, out) };
         self.check_lengths(q, k, v, out)?;
+        let Some(t) = self.transforms.get(layer) else { return self.store_and_attend(layer, q, k, v, prefill, out) };
         let (q, k, v) = (t.turn(q, heads, d), t.turn(k, kv_heads, d), t.project(v, d));
         self.store_and_attend(layer, &q, &k, &v, prefill, out)?;
         self.transforms[layer].restore(out, heads, d);
@@ -229,6 +229,7 @@ impl Cache {
         Ok(())
     }
 
+    /// [`extend`](Cache::extend) with lengths checked and heads transformed.
     fn store_and_attend(
         &mut self,
         layer: usize,
@@ -240,7 +241,6 @@ impl Cache {
     ) -> Result<(), CacheError> {
         let (c, wide) = (self.shape.channels(), self.shape.heads * self.shape.head_dim);
         let n = k.len() / c;
-        self.check_lengths(q, k, v, out)?;
         if n == 0 {
             return Ok(());
         }

@@ -7,8 +7,15 @@ use kvquant_calib::{calibrate, sample_windows};
 use kvquant_model::{Logits, Model, Step};
 use kvquant_quant::Spec;
 
-const SPECS: [&str; 6] =
-    ["nuq4-1%+sink1", "nuq3-1%+sink1+recent8", "nuq3-1%+postrope", "nuq2+qnorm", "int4-g8+asym", "nf3-g8"];
+const SPECS: [&str; 7] = [
+    "nuq4-1%+sink1",
+    "nuq3-1%+sink1+recent8",
+    "nuq3-1%+postrope",
+    "nuq2+qnorm",
+    "int4-g8+asym",
+    "nf3-g8",
+    "mix4+sink1",
+];
 
 #[test]
 fn every_family_is_calibrated_and_runs_with_every_cache() {
@@ -33,6 +40,6 @@ fn every_family_is_calibrated_and_runs_with_every_cache() {
         }
         // Random weights forgive little. Four bits are nearer than two, and none is nonsense.
         assert!(off[0] < 0.35 && off[0] > 1e-4, "{name}: {off:?}");
-        assert!(off[0] < off[3] && off.iter().all(|x| x.is_finite() && *x < 1.0), "{name}: {off:?}");
+        assert!(off[0] < off[3] && off[6] < off[3] && off.iter().all(|x| x.is_finite() && *x < 1.0), "{name}: {off:?}");
     }
 }

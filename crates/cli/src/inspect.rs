@@ -8,7 +8,7 @@ use anyhow::Result;
 use kvquant_kernels::weights::WeightType;
 use kvquant_model::gguf::Value;
 use kvquant_model::{Config, Gguf, Source, pull};
-use kvquant_quant::Quantizer;
+use kvquant_quant::{MixedFit, Quantizer, SideFit};
 use serde_json::json;
 
 use crate::failure::Input;
@@ -123,21 +123,33 @@ fn types(g: &Gguf) -> BTreeMap<String, (usize, u64)> {
     types
 }
 
+/// What a side of a layer takes in the file.
+fn fit_bytes(s: &SideFit) -> usize {
+    let plain = 4 * (s.lower.len() + s.upper.len() + s.encode.len() + s.decode.len());
+    let mixed =
+        |m: &MixedFit| m.widths.len() + 2 * (m.order.len() + m.posts.len()) + 4 * (m.steps.len() + m.transform.len());
+    plain + s.mixed.as_ref().map_or(0, mixed)
+}
+
 fn quantizer(path: &Path) -> Result<serde_json::Value> {
     let q = Quantizer::load(path)?;
     let fits: BTreeMap<String, String> = q
         .fits
         .iter()
         .map(|f| {
-            let numbers: usize = f
-                .layers
-                .iter()
-                .flat_map(|l| [&l.keys, &l.values])
-                .map(|s| s.lower.len() + s.upper.len() + s.encode.len() + s.decode.len())
-                .sum();
-            let bits = f.layers.first().map_or(0, |l| l.keys.encode.len().max(1).ilog2());
-            let book = if bits == 0 { "thresholds only".to_string() } else { format!("{bits}-bit codebooks") };
-            (f.spec.fit_key(), format!("{book}, {} layers, {}", f.layers.len(), bytes(4.0 * numbers as f64)))
+            let sides = || f.layers.iter().flat_map(|l| [&l.keys, &l.values]);
+            let size: usize = sides().map(fit_bytes).sum();
+            let widths: Vec<u8> = sides().filter_map(|s| s.mixed.as_ref()).flat_map(|m| m.widths.clone()).collect();
+            let book = match sides().next().map_or(0, |s| s.encode.len()) {
+                _ if !widths.is_empty() => {
+                    let mean = widths.iter().map(|b| f64::from(*b)).sum::<f64>() / widths.len() as f64;
+                    let most = widths.iter().max().copied().unwrap_or(0);
+                    format!("mixed widths up to {most} bits, {mean:.2} on average, with transforms")
+                }
+                0 => "thresholds only".to_string(),
+                n => format!("{}-bit codebooks", n.ilog2()),
+            };
+            (f.spec.fit_key(), format!("{book}, {} layers, {}", f.layers.len(), bytes(size as f64)))
         })
         .collect();
     let size = std::fs::metadata(path).map_or(0, |m| m.len());

@@ -31,7 +31,9 @@ pub type Progress<'a> = dyn FnMut(&str, u64, u64) + 'a;
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
     /// Neither a file nor a known name.
-    #[error("{arg}: no such file, and no known model of that name; known models: {known}")]
+    #[error(
+        "{arg}: no GGUF file, no folder with a config.json, and no known model of that name; known models: {known}"
+    )]
     Unknown {
         /// As given.
         arg: String,

@@ -8,6 +8,9 @@ use super::super::{BlockView, Rows, SideView, State, avx512};
 use super::{float, mix, score, softmax};
 use crate::rope::BlockTable;
 
+/// Rows that are multiplied at a time: their sums stay in registers.
+pub(in super::super) const ROWS: usize = 4;
+
 /// One row of scores or probabilities over a block.
 pub(in super::super) type Row = [f32; TOKENS];
 

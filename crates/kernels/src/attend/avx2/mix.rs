@@ -11,12 +11,10 @@ use kvquant_quant::TOP;
 use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::view::{CodedView, Run, TOKENS};
-use super::decode::Row;
-use super::unpack::by_width;
+use super::decode::{ROWS, Row};
+use super::unpack::{by_rows, by_width};
 use super::{LANES, halves, load, sum, unpack};
 
-/// Rows that are summed at a time.
-pub(in super::super) const ROWS: usize = 4;
 /// Sum of the magnitudes of a row's integer weights.
 const WEIGHT_SUM: f32 = (i32::MAX / TOP as i32) as f32 - 64.0;
 
@@ -25,19 +23,6 @@ const WEIGHT_SUM: f32 = (i32::MAX / TOP as i32) as f32 - 64.0;
 pub(in super::super) struct Integers {
     pub weights: [[__m256i; 2]; 2],
     pub unit: f32,
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn coded(v: &CodedView<'_>, weights: &[Row], d: usize, out: &mut [f32]) {
-    for (weights, out) in weights.chunks(ROWS).zip(out.chunks_mut(ROWS * d)) {
-        match weights.len() {
-            1 => rows::<1>(v, weights, d, out),
-            2 => rows::<2>(v, weights, d, out),
-            3 => rows::<3>(v, weights, d, out),
-            _ => rows::<4>(v, weights, d, out),
-        }
-    }
 }
 
 #[inline]
@@ -64,19 +49,36 @@ fn integers(w: &[__m256; TOKENS / LANES]) -> Integers {
     Integers { weights: [[two(0), two(1)], [two(4), two(5)]], unit: if factor > 0.0 { 1.0 / factor } else { 0.0 } }
 }
 
-#[target_feature(enable = "avx2,fma,f16c")]
-fn rows<const R: usize>(v: &CodedView<'_>, weights: &[Row], d: usize, out: &mut [f32]) {
-    let weights: &[Row; R] = weights.first_chunk().expect("called with R rows");
-    let group_units = v.group_channels() / UNIT_CHANNELS;
-    for g in 0..d / UNIT_CHANNELS / group_units {
-        let ints = prepared::<R>(v, weights, g, d, out);
-        for run in v.runs() {
-            let range = run.units.start.max(g * group_units)..run.units.end.min((g + 1) * group_units);
-            by_width!(run, units::<_, R>(v, &run, range, &ints, d, out));
+/// `coded`, the way through scale groups and runs, for the instruction set of the module that calls it: `by_units` is
+/// that module's own.
+macro_rules! mix_passes {
+    ($features:tt) => {
+        #[inline]
+        #[target_feature(enable = $features)]
+        pub(in crate::attend) fn coded(v: &CodedView<'_>, weights: &[Row], d: usize, out: &mut [f32]) {
+            for (weights, out) in weights.chunks(ROWS).zip(out.chunks_mut(ROWS * d)) {
+                by_rows!(weights.len(), rows::<_>(v, weights, d, out));
+            }
         }
-    }
-    rest(v, weights, d, out);
+
+        #[target_feature(enable = $features)]
+        fn rows<const R: usize>(v: &CodedView<'_>, weights: &[Row], d: usize, out: &mut [f32]) {
+            let weights: &[Row; R] = weights.first_chunk().expect("called with R rows");
+            let group_units = v.group_channels() / UNIT_CHANNELS;
+            for g in 0..d / UNIT_CHANNELS / group_units {
+                let ints = prepared::<R>(v, weights, g, d, out);
+                for run in v.runs() {
+                    let range = run.units.start.max(g * group_units)..run.units.end.min((g + 1) * group_units);
+                    by_width!(run, by_units::<_, R>(v, &run, range, &ints, d, out));
+                }
+            }
+            rest(v, weights, d, out);
+        }
+    };
 }
+pub(in super::super) use mix_passes;
+
+mix_passes!("avx2,fma,f16c");
 
 /// Integer weights of a scale group; its zero points are added here.
 #[inline]
@@ -137,7 +139,7 @@ pub(in super::super) fn rest<const R: usize>(v: &CodedView<'_>, weights: &[Row; 
 
 /// out[r] += the sum of weights times signposts, for some units of a run.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn units<const B: u32, const R: usize>(
+fn by_units<const B: u32, const R: usize>(
     v: &CodedView<'_>,
     run: &Run<'_>,
     range: Range<usize>,

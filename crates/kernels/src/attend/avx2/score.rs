@@ -18,40 +18,43 @@ use kvquant_quant::TOP;
 use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::view::{CodedView, Run, TOKENS};
-use super::decode::{Line, Row, Scratch, Signs};
-use super::unpack::{self, by_width};
+use super::decode::{Line, ROWS, Row, Scratch, Signs};
+use super::unpack::{self, by_rows, by_width};
 use crate::rope::BlockTable;
 
-/// Rows that are multiplied at a time: their sums stay in registers.
-pub(in super::super) const ROWS: usize = 4;
 /// Sum of the magnitudes of an integer query.
 const QUERY_SUM: f32 = (i32::MAX as f64 / (TOP as f64 * std::f64::consts::SQRT_2 + 2.0)) as f32 - 1024.0;
 
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn coded(s: &mut Scratch, d: usize, v: &CodedView<'_>, turn: Option<&BlockTable>) {
-    let pairs = d / 2;
-    s.keys.resize(4 * pairs, Line([[0; 8]; 2]));
-    s.signposts.resize(d, Signs([0; TOKENS]));
-    for run in v.runs() {
-        by_width!(run, signposts::<_>(v, &run, &mut s.signposts));
-    }
-    match turn {
-        Some(table) => turned::<true>(&s.signposts, table, pairs, &mut s.keys),
-        None => turned::<false>(&s.signposts, &BlockTable::default(), pairs, &mut s.keys),
-    }
-    steps_by_channel(v, &mut s.steps);
-    s.pairs.resize(s.weights.len() * pairs, 0);
-    let rows_of = s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * pairs)).zip(s.weights.chunks_mut(ROWS));
-    for ((q, ints), scores) in rows_of {
-        match scores.len() {
-            1 => rows::<1>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
-            2 => rows::<2>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
-            3 => rows::<3>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
-            _ => rows::<4>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
+/// `coded`, the way through the passes, for the instruction set of the module that calls it: `signposts`, `turned` and
+/// `rows` are that module's own.
+macro_rules! score_passes {
+    ($features:tt) => {
+        #[inline]
+        #[target_feature(enable = $features)]
+        pub(in crate::attend) fn coded(s: &mut Scratch, d: usize, v: &CodedView<'_>, turn: Option<&BlockTable>) {
+            let pairs = d / 2;
+            s.keys.resize(4 * pairs, Line([[0; 8]; 2]));
+            s.signposts.resize(d, Signs([0; TOKENS]));
+            for run in v.runs() {
+                by_width!(run, signposts::<_>(v, &run, &mut s.signposts));
+            }
+            match turn {
+                Some(table) => turned::<true>(&s.signposts, table, pairs, &mut s.keys),
+                None => turned::<false>(&s.signposts, &BlockTable::default(), pairs, &mut s.keys),
+            }
+            steps_by_channel(v, &mut s.steps);
+            s.pairs.resize(s.weights.len() * pairs, 0);
+            let rows_of =
+                s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * pairs)).zip(s.weights.chunks_mut(ROWS));
+            for ((q, ints), scores) in rows_of {
+                by_rows!(scores.len(), rows::<_>(q, d, v, &s.steps, turn, &s.keys, ints, scores));
+            }
         }
-    }
+    };
 }
+pub(in super::super) use score_passes;
+
+score_passes!("avx2,fma,f16c");
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]

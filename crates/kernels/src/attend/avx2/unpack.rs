@@ -141,6 +141,19 @@ macro_rules! by_width {
 }
 pub(in super::super) use by_width;
 
+/// Calls a function with a number of rows, 1 to 4, as its const argument.
+macro_rules! by_rows {
+    ($n:expr, $f:ident::<_>($($x:expr),* $(,)?)) => {
+        match $n {
+            1 => $f::<1>($($x),*),
+            2 => $f::<2>($($x),*),
+            3 => $f::<3>($($x),*),
+            _ => $f::<4>($($x),*),
+        }
+    };
+}
+pub(in super::super) use by_rows;
+
 /// Units of a run: number of the unit, its vectors.
 #[inline(always)]
 pub(in super::super) fn units<'a, const B: u32>(run: &Run<'a>) -> impl Iterator<Item = (usize, &'a [[u8; VECTOR]])> {

@@ -5,38 +5,13 @@ use std::ops::Range;
 
 use kvquant_quant::pack::UNIT_CHANNELS;
 
-use super::super::avx2::decode::Row;
-use super::super::avx2::mix::{Integers, ROWS, add_unit, prepared, rest};
-use super::super::avx2::unpack::{by_width, units};
+use super::super::avx2::decode::{ROWS, Row};
+use super::super::avx2::mix::{Integers, add_unit, mix_passes, prepared, rest};
+use super::super::avx2::unpack::{by_rows, by_width, units};
 use super::super::view::{CodedView, Run};
 use super::unpack;
 
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(in super::super) fn coded(v: &CodedView<'_>, weights: &[Row], d: usize, out: &mut [f32]) {
-    for (weights, out) in weights.chunks(ROWS).zip(out.chunks_mut(ROWS * d)) {
-        match weights.len() {
-            1 => rows::<1>(v, weights, d, out),
-            2 => rows::<2>(v, weights, d, out),
-            3 => rows::<3>(v, weights, d, out),
-            _ => rows::<4>(v, weights, d, out),
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn rows<const R: usize>(v: &CodedView<'_>, weights: &[Row], d: usize, out: &mut [f32]) {
-    let weights: &[Row; R] = weights.first_chunk().expect("called with R rows");
-    let group_units = v.group_channels() / UNIT_CHANNELS;
-    for g in 0..d / UNIT_CHANNELS / group_units {
-        let ints = prepared::<R>(v, weights, g, d, out);
-        for run in v.runs() {
-            let range = run.units.start.max(g * group_units)..run.units.end.min((g + 1) * group_units);
-            by_width!(run, by_units::<_, R>(v, &run, range, &ints, d, out));
-        }
-    }
-    rest(v, weights, d, out);
-}
+mix_passes!("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c");
 
 /// A row's weights with all lanes of a half together.
 #[inline]

@@ -9,38 +9,14 @@ use std::arch::x86_64::*;
 
 use kvquant_quant::pack::UNIT_CHANNELS;
 
-use super::super::avx2::decode::{Line, Row, Scratch, Signs};
-use super::super::avx2::score::{ROWS, integers, outliers, steps_by_channel};
-use super::super::avx2::unpack::{by_width, units};
+use super::super::avx2::decode::{Line, ROWS, Row, Scratch, Signs};
+use super::super::avx2::score::{integers, outliers, score_passes, steps_by_channel};
+use super::super::avx2::unpack::{by_rows, by_width, units};
 use super::super::view::{CodedView, Run, TOKENS};
 use super::unpack;
 use crate::rope::BlockTable;
 
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(in super::super) fn coded(s: &mut Scratch, d: usize, v: &CodedView<'_>, turn: Option<&BlockTable>) {
-    let pairs = d / 2;
-    s.keys.resize(4 * pairs, Line([[0; 8]; 2]));
-    s.signposts.resize(d, Signs([0; TOKENS]));
-    for run in v.runs() {
-        by_width!(run, signposts::<_>(v, &run, &mut s.signposts));
-    }
-    match turn {
-        Some(table) => turned::<true>(&s.signposts, table, pairs, &mut s.keys),
-        None => turned::<false>(&s.signposts, &BlockTable::default(), pairs, &mut s.keys),
-    }
-    steps_by_channel(v, &mut s.steps);
-    s.pairs.resize(s.weights.len() * pairs, 0);
-    let rows_of = s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * pairs)).zip(s.weights.chunks_mut(ROWS));
-    for ((q, ints), scores) in rows_of {
-        match scores.len() {
-            1 => rows::<1>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
-            2 => rows::<2>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
-            3 => rows::<3>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
-            _ => rows::<4>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
-        }
-    }
-}
+score_passes!("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c");
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
