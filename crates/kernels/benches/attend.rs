@@ -1,12 +1,14 @@
 //! Decode attention over a long history of one KV head: time, bytes and the ratio to an fp16 history in the same run.
 //!
-//! `cargo bench -p kvquant-kernels --bench attend`
+//! `cargo bench -p kvquant-kernels --bench attend`, or only some lines: `... --bench attend -- avx2 nuq3`
 
 use std::hint::black_box;
 use std::time::Instant;
 
 use half::f16;
-use kvquant_kernels::attend::{BlockView, CodedView, HeadLut, Kernels, Outliers, Rows, SideView, State, TokenScales};
+use kvquant_kernels::attend::{
+    BLOCKS as AT_ONCE, BlockView, CodedView, HeadLut, Kernels, Outliers, Rows, SideView, State, TokenScales,
+};
 use kvquant_kernels::rope::Rope;
 use kvquant_quant::pack::{BLOCK_TOKENS, unit_bytes};
 use kvquant_quant::{TOP, Table};
@@ -15,6 +17,8 @@ const HEAD_DIM: usize = 64;
 const GROUP: usize = 3;
 /// 64 MB of fp16 keys and values: beyond any cache.
 const BLOCKS: usize = 4096;
+/// Blocks that stay in the first cache, to see what is not the memory's.
+const HOT: usize = 2;
 
 /// Codes of one side of all blocks, one after another.
 struct History {
@@ -62,7 +66,8 @@ impl History {
     }
 }
 
-fn time<'a>(kernels: Kernels, block: impl Fn(usize) -> (SideView<'a>, SideView<'a>)) -> f64 {
+/// Seconds a block, over `distinct` blocks again and again.
+fn time<'a>(kernels: Kernels, distinct: usize, block: impl Fn(usize) -> (SideView<'a>, SideView<'a>)) -> f64 {
     let rope = Rope { inv_freq: (0..HEAD_DIM / 2).map(|i| 100_000f64.powf(-(i as f64) / 32.0)).collect() };
     let table = rope.block_table();
     let origin = rope.rotation(6400);
@@ -70,13 +75,22 @@ fn time<'a>(kernels: Kernels, block: impl Fn(usize) -> (SideView<'a>, SideView<'
     let rows = Rows { q: &q, group: GROUP, head_dim: HEAD_DIM, first_visible: BLOCK_TOKENS };
     let blocks = if kernels.name() == "scalar" { BLOCKS / 16 } else { BLOCKS };
     let mut best = f64::INFINITY;
-    for _ in 0..5 {
+    for _ in 0..8 {
         let mut state = State::empty(GROUP, HEAD_DIM);
         let start = Instant::now();
-        for b in 0..blocks {
-            let (k, v) = block(b);
-            let view = BlockView::new(k, v, BLOCK_TOKENS, Some(&origin)).expect("both sides are whole blocks");
-            kernels.attend(&rows, &view, &table, &mut state);
+        let view = |b: usize| {
+            let (k, v) = block(b % distinct);
+            BlockView::new(k, v, BLOCK_TOKENS, Some(&origin)).expect("both sides are whole blocks")
+        };
+        let (mut now, mut next) = (Vec::new(), (0..AT_ONCE).map(view).collect::<Vec<_>>());
+        for first in (0..blocks).step_by(AT_ONCE) {
+            std::mem::swap(&mut now, &mut next);
+            next.clear();
+            for b in first + AT_ONCE..first + 2 * AT_ONCE {
+                next.push(view(b));
+                kernels.prefetch(&next[next.len() - 1]);
+            }
+            kernels.attend_all(&rows, &now, &table, &mut state);
         }
         black_box(&state);
         best = best.min(start.elapsed().as_secs_f64() / blocks as f64);
@@ -85,6 +99,11 @@ fn time<'a>(kernels: Kernels, block: impl Fn(usize) -> (SideView<'a>, SideView<'
 }
 
 fn main() {
+    // Every word given must occur in a line's first two columns.
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let wanted = |kernels: Kernels, name: &str| {
+        words.iter().all(|w| kernels.name().contains(w.as_str()) || name.contains(w.as_str()))
+    };
     let half: Vec<u16> = (0..BLOCKS * HEAD_DIM * BLOCK_TOKENS)
         .map(|i| f16::from_f32((i * 7919 % 2003) as f32 / 1000.0 - 1.0).to_bits())
         .collect();
@@ -93,32 +112,45 @@ fn main() {
         "one thread, head_dim {HEAD_DIM}, {GROUP} query heads, 1 % outliers; times for a block of 64 tokens, keys and values"
     );
     println!(
-        "{:8} {:12} {:>9} {:>9} {:>11} {:>14}",
-        "backend", "cache", "us/block", "GB/s", "elements/ns", "time to fp16's"
+        "{:8} {:12} {:>9} {:>9} {:>9} {:>11} {:>14}",
+        "backend", "cache", "us/block", "us in L1", "GB/s", "elements/ns", "time to fp16's"
     );
     for kernels in Kernels::available().into_iter().rev() {
         let elements = (2 * HEAD_DIM * BLOCK_TOKENS) as f64;
-        let fp16 = time(kernels, |b| (tile(b), tile(b)));
-        let row = |name: &str, bits: f64, t: f64| {
+        let names = ["nuq4-1%", "nuq3-1%", "nuq2-1%", "mixed 4", "mixed 3", "mixed 2"];
+        if !names.iter().any(|n| wanted(kernels, n)) {
+            continue;
+        }
+        let fp16 = [BLOCKS, HOT].map(|n| time(kernels, n, |b| (tile(b), tile(b))));
+        let row = |name: &str, bits: f64, [t, hot]: [f64; 2]| {
             println!(
-                "{:8} {name:12} {:9.3} {:9.2} {:11.2} {:14.2}",
+                "{:8} {name:12} {:9.3} {:9.3} {:9.2} {:11.2} {:14.2}",
                 kernels.name(),
                 t * 1e6,
+                hot * 1e6,
                 elements * bits / 8e9 / t,
                 elements / t / 1e9,
-                t / fp16
+                t / fp16[0]
             );
         };
         row("fp16", 16.0, fp16);
         for bits in [4, 3, 2] {
+            let name = format!("nuq{bits}-1%");
+            if !wanted(kernels, &name) {
+                continue;
+            }
             let (k, v) = (History::new(&[bits], false, 3), History::new(&[bits], true, 3));
-            let t = time(kernels, |b| (k.view(b), v.view(b)));
-            row(&format!("nuq{bits}-1%"), bits as f64 + 0.36, t);
+            let t = [BLOCKS, HOT].map(|n| time(kernels, n, |b| (k.view(b), v.view(b))));
+            row(&name, bits as f64 + 0.36, t);
         }
         for (mean, widths) in [(4, [6u8, 4, 3, 3]), (3, [5, 3, 3, 1]), (2, [4, 2, 1, 1])] {
+            let name = format!("mixed {mean}");
+            if !wanted(kernels, &name) {
+                continue;
+            }
             let (k, v) = (History::new(&widths, false, 0), History::new(&widths, false, 0));
-            let t = time(kernels, |b| (k.view(b), v.view(b)));
-            row(&format!("mixed {mean}"), mean as f64, t);
+            let t = [BLOCKS, HOT].map(|n| time(kernels, n, |b| (k.view(b), v.view(b))));
+            row(&name, mean as f64, t);
         }
     }
 }

@@ -31,19 +31,26 @@ pub struct BlockTable {
     pub cos: Vec<f32>,
     /// `[head_dim / 2, BLOCK_TOKENS]`
     pub sin: Vec<f32>,
-    /// [-sin, cos, sin] of each place, pair by pair: an outlier in channel 2i turns to (cos, sin), one in channel
-    /// 2i + 1 to (-sin, cos), so that both read two neighbours.
-    pub(crate) turns: Vec<[[f32; BLOCK_TOKENS]; 3]>,
+    /// [cos, sin] of each place, pair by pair: `[head_dim / 2 * BLOCK_TOKENS]`, for single entries.
+    pub(crate) turns: Vec<[f32; 2]>,
     /// cos in units of 2^-15, the tokens of each pair in [`shuffled`] order.
     pub(crate) cos16: Vec<[i16; BLOCK_TOKENS]>,
     /// sin likewise.
     pub(crate) sin16: Vec<[i16; BLOCK_TOKENS]>,
+    /// [cos, sin] of each pair in units of 2^-15, tokens in [`evens_first`] order.
+    pub(crate) wide16: Vec<[[i16; BLOCK_TOKENS]; 2]>,
 }
 
 /// The token at a place of the order in which byte shuffles deliver 16-bit values: within each 16 bytes, the lower
 /// eight go to the first half of the block's 64 places and the upper eight to the second.
 pub(crate) const fn shuffled(place: usize) -> usize {
     place % 32 / 8 * 16 + place / 32 * 8 + place % 8
+}
+
+/// The token at a place of the order in which shifts of words deliver 16-bit values: of each half of the tokens the
+/// even ones, then the odd ones.
+pub(crate) const fn evens_first(place: usize) -> usize {
+    place / 32 * 32 + place % 16 * 2 + place % 32 / 16
 }
 
 impl Rope {
@@ -73,18 +80,14 @@ impl Rope {
             .flat_map(|f| (0..BLOCK_TOKENS).map(move |j| (j as f64 * f).sin_cos()))
             .map(|(s, c)| (s as f32, c as f32))
             .unzip();
-        let sixteen = |part: fn(f64) -> f64| {
-            let of = |f: &f64| std::array::from_fn(|i| (part(shuffled(i) as f64 * f) * 32768.0).round() as i16);
-            self.inv_freq.iter().map(of).collect()
+        let sixteen = |f: &f64, part: fn(f64) -> f64, token: fn(usize) -> usize| {
+            std::array::from_fn(|i| (part(token(i) as f64 * f) * 32768.0).round() as i16)
         };
-        let turns = cos
-            .as_chunks()
-            .0
-            .iter()
-            .zip(sin.as_chunks().0)
-            .map(|(cos, sin): (&[f32; BLOCK_TOKENS], &[f32; BLOCK_TOKENS])| [sin.map(|x| -x), *cos, *sin])
-            .collect();
-        BlockTable { turns, cos16: sixteen(f64::cos), sin16: sixteen(f64::sin), cos, sin }
+        let all = |part| self.inv_freq.iter().map(|f| sixteen(f, part, shuffled)).collect();
+        let both = |f| [f64::cos, f64::sin].map(|part| sixteen(f, part, evens_first));
+        let wide16 = self.inv_freq.iter().map(both).collect();
+        let turns = cos.iter().zip(&sin).map(|(c, s)| [*c, *s]).collect();
+        BlockTable { turns, cos16: all(f64::cos), sin16: all(f64::sin), wide16, cos, sin }
     }
 }
 

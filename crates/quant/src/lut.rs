@@ -1,4 +1,4 @@
-//! What codes decode to: signposts as 16-bit steps, in the form that a byte shuffle reads.
+//! What codes decode to: signposts as 16-bit steps, in the forms that shuffles of bytes and of words read.
 
 use crate::mixed::MixedFit;
 use crate::pack::{LOW_BITS, UNIT_CHANNELS};
@@ -21,19 +21,26 @@ pub struct Table {
     pub low: [u8; 32],
     /// For 5 bits and more.
     pub high: [u8; 32],
+    /// Both parts once more, word by word; the low part twice where there is no high one.
+    pub words: [[i16; 16]; 2],
 }
 
 impl Table {
     /// A table of up to 16 low and up to 16 high entries, each a power of two in number.
     pub fn new(low: &[i16], high: &[i16]) -> Self {
-        let split = |entries: &[i16]| {
+        let full = |entries: &[i16]| -> [i16; 16] {
+            std::array::from_fn(|i| if entries.is_empty() { 0 } else { entries[i % entries.len()] })
+        };
+        let split = |entries: [i16; 16]| {
             let mut bytes = [0; 32];
-            for i in 0..if entries.is_empty() { 0 } else { 16 } {
-                [bytes[i], bytes[16 + i]] = entries[i % entries.len()].to_le_bytes();
+            for (i, entry) in entries.into_iter().enumerate() {
+                [bytes[i], bytes[16 + i]] = entry.to_le_bytes();
             }
             bytes
         };
-        Table { low: split(low), high: split(high) }
+        let parts = [full(low), full(high)];
+        let words = if high.is_empty() { [parts[0]; 2] } else { parts };
+        Table { low: split(parts[0]), high: split(parts[1]), words }
     }
 
     /// How many entries signposts of so many bits take.

@@ -30,6 +30,9 @@ use crate::rope::BlockTable;
 /// Rows up to which the decode shape is used; from here on dequantizing a whole tile pays.
 pub const DECODE_ROWS: usize = 16;
 
+/// Blocks of one call to [`Kernels::attend_all`].
+pub const BLOCKS: usize = 4;
+
 /// The attention kernels of one instruction set. A value of this type proves that the CPU has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kernels(Backend);
@@ -95,19 +98,37 @@ impl Kernels {
         }
     }
 
+    /// Asks for a block's bytes, before their turn: blocks lie apart, where the CPU does not look ahead by itself.
+    pub fn prefetch(self, block: &BlockView<'_>) {
+        match self.0 {
+            Backend::Scalar => {}
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx2 | Backend::Avx512 => avx2::prefetch(block),
+        }
+    }
+
     /// Attends with `rows` to one block and folds the result into `state`.
     ///
     /// `table` is the rotation inside a block; it is used where the block's keys are kept before RoPE.
     pub fn attend(self, rows: &Rows<'_>, block: &BlockView<'_>, table: &BlockTable, state: &mut State) {
-        rows.check(block, state);
+        self.attend_all(rows, std::slice::from_ref(block), table, state);
+    }
+
+    /// Attends with `rows` to some blocks, to each as [`Kernels::attend`] does; `first_visible` counts in each of them.
+    /// [`BLOCKS`] at a time keep a CPU busy; more only take memory.
+    pub fn attend_all(self, rows: &Rows<'_>, blocks: &[BlockView<'_>], table: &BlockTable, state: &mut State) {
+        blocks.iter().for_each(|block| rows.check(block, state));
+        if rows.is_empty() {
+            return;
+        }
         match self.0 {
-            Backend::Scalar => scalar::attend(rows, block, table, state),
+            Backend::Scalar => blocks.iter().for_each(|block| scalar::attend(rows, block, table, state)),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a Kernels value with this backend exists only where AVX2, FMA and F16C were detected.
-            Backend::Avx2 => unsafe { avx2::attend::<false>(rows, block, table, state) },
+            Backend::Avx2 => unsafe { avx2::attend::<false>(rows, blocks, table, state) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a Kernels value with this backend exists only where all that it names was detected.
-            Backend::Avx512 => unsafe { avx2::attend::<true>(rows, block, table, state) },
+            Backend::Avx512 => unsafe { avx2::attend::<true>(rows, blocks, table, state) },
         }
     }
 }

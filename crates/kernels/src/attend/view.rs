@@ -86,6 +86,8 @@ pub(super) struct Run<'a> {
     pub units: Range<usize>,
     /// `[units][bits]`
     pub vectors: &'a [[u8; VECTOR]],
+    /// Where the vectors begin in the side's codes.
+    pub start: usize,
 }
 
 impl<'a> CodedView<'a> {
@@ -152,22 +154,26 @@ impl<'a> CodedView<'a> {
         self.lut.widths.chunk_by(|a, b| a == b).map(move |run| {
             let bits = run[0] as u32;
             let (codes, next) = rest.split_at(unit_bytes(bits) * run.len());
-            let units = first..first + run.len();
+            let (units, start) = (first..first + run.len(), self.codes.len() - rest.len());
             (rest, first) = (next, units.end);
-            Run { bits, units, vectors: codes.as_chunks::<VECTOR>().0 }
+            Run { bits, units, vectors: codes.as_chunks::<VECTOR>().0, start }
         })
     }
 
-    /// Outliers of each unit that has some: the unit, places in it, residuals as fp16 bits.
+    /// The vectors of another side's run in this one, whose widths are the same.
     #[inline(always)]
-    pub(super) fn outliers_by_unit(&self) -> impl Iterator<Item = (usize, &'a [u8], &'a [[u8; 2]])> {
-        let (mut places, mut residuals) = (self.outliers.places, self.outliers.residuals);
-        self.outliers.counts.iter().enumerate().filter(|(_, n)| **n > 0).map(move |(u, &n)| {
-            let (p, next_places) = places.split_at(n as usize);
-            let (r, next_residuals) = residuals.split_at(n as usize);
-            (places, residuals) = (next_places, next_residuals);
-            (u, p, r)
-        })
+    pub(super) fn vectors_of(&self, run: &Run<'_>) -> &'a [[u8; VECTOR]] {
+        self.codes[run.start..][..size_of_val(run.vectors)].as_chunks().0
+    }
+
+    /// Whether the other decodes by the very same tables and groups.
+    pub(super) fn decodes_as(&self, other: &Self) -> bool {
+        let groups = |v: &Self| v.scales.map(|s| (s.group_channels, s.zero.is_empty()));
+        std::ptr::eq(self.lut.tables, other.lut.tables)
+            && std::ptr::eq(self.lut.steps, other.lut.steps)
+            && std::ptr::eq(self.lut.widths, other.lut.widths)
+            && std::ptr::eq(self.lut.order, other.lut.order)
+            && groups(self) == groups(other)
     }
 
     /// Channels that share a per-token scale, or a part of the work: all of the head where scales are static.
@@ -188,15 +194,6 @@ impl<'a> CodedView<'a> {
         match self.lut.tables[place.min(self.lut.tables.len() - 1)..].first_chunk::<UNIT_CHANNELS>() {
             Some([a, b, c, d]) => [a, b, c, d],
             None => [&self.lut.tables[0]; UNIT_CHANNELS],
-        }
-    }
-
-    /// The steps likewise.
-    #[inline(always)]
-    pub(super) fn four_steps(&self, place: usize) -> [f32; UNIT_CHANNELS] {
-        match self.lut.steps[place.min(self.lut.steps.len() - 1)..].first_chunk() {
-            Some(steps) => *steps,
-            None => [self.lut.steps[0]; UNIT_CHANNELS],
         }
     }
 

@@ -3,10 +3,10 @@
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-use super::super::view::TOKENS;
-use super::super::{BlockView, Rows, SideView, State, avx512};
-use super::{float, mix, score, softmax};
-use crate::rope::BlockTable;
+use super::super::view::{CodedView, TOKENS};
+use super::super::{BLOCKS, BlockView, Rows, SideView, State, avx512};
+use super::{float, mix, outliers, score, softmax};
+use crate::rope::{BlockTable, Rotation};
 
 /// Rows that are multiplied at a time: their sums stay in registers.
 pub(in super::super) const ROWS: usize = 4;
@@ -18,6 +18,20 @@ pub(in super::super) type Row = [f32; TOKENS];
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(in super::super) struct Line(pub [[i32; 8]; 2]);
+
+/// The same rows of some blocks: row r of block b at `rows[b * step + r]`.
+#[derive(Clone, Copy)]
+pub(in super::super) struct ByBlock<'a> {
+    pub rows: &'a [Row],
+    pub step: usize,
+}
+
+impl<'a> ByBlock<'a> {
+    #[inline(always)]
+    pub fn row(&self, block: usize, row: usize) -> &'a Row {
+        &self.rows[block * self.step + row]
+    }
+}
 
 /// Signposts of a channel in the order of [`crate::rope::shuffled`].
 #[derive(Clone, Copy)]
@@ -38,6 +52,9 @@ pub(in super::super) struct Scratch {
     pub keys: Vec<Line>,
     /// Scores, then probabilities.
     pub weights: Vec<Row>,
+    /// Sums of weights times signposts `[4, head_dim]`.
+    pub sums: Vec<i32>,
+    pub outliers: outliers::Scratch,
     /// A side as f32, where it has no integer form.
     pub tile: Vec<f32>,
 }
@@ -51,55 +68,114 @@ thread_local! {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn attend<const WIDE: bool>(
     rows: &Rows<'_>,
-    block: &BlockView<'_>,
+    blocks: &[BlockView<'_>],
     table: &BlockTable,
     state: &mut State,
 ) {
     // SAFETY: passed on.
-    SCRATCH.with_borrow_mut(|scratch| unsafe { with::<WIDE>(scratch, rows, block, table, state) });
+    SCRATCH.with_borrow_mut(|scratch| unsafe { with::<WIDE>(scratch, rows, blocks, table, state) });
 }
 
+/// Scores of all blocks, then their probabilities, then their outputs: what one block waits for, another has.
+///
 /// # Safety
 /// As [`attend`].
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn with<const WIDE: bool>(
     s: &mut Scratch,
     rows: &Rows<'_>,
-    block: &BlockView<'_>,
+    blocks: &[BlockView<'_>],
     table: &BlockTable,
     state: &mut State,
 ) {
     let (d, n) = (rows.head_dim, rows.len());
+    let mut weights = std::mem::take(&mut s.weights);
+    weights.resize(blocks.len() * n, [0.0; TOKENS]);
     s.local.resize(n * d, 0.0);
-    match block.origin {
-        Some(origin) => {
-            for (q, to) in rows.q.chunks_exact(d).zip(s.local.chunks_exact_mut(d)) {
-                origin.undo(q, to);
+    for (block, scores) in blocks.iter().zip(weights.chunks_exact_mut(n)) {
+        match block.origin {
+            Some(origin) => {
+                for (q, to) in rows.q.chunks_exact(d).zip(s.local.chunks_exact_mut(d)) {
+                    undo(origin, q, to);
+                }
+            }
+            None => s.local.copy_from_slice(rows.q),
+        }
+        let turn = block.origin.map(|_| table);
+        match &block.key {
+            // SAFETY: passed on.
+            SideView::Coded(v) if v.scales.is_none() && WIDE => unsafe { avx512::score(s, d, v, turn, scores) },
+            SideView::Coded(v) if v.scales.is_none() => score::coded(s, d, v, turn, scores),
+            side => float::score(s, d, side, block.len, turn, scores),
+        }
+        for (r, row) in scores.iter_mut().enumerate() {
+            row[rows.visible(r, block.len)..].fill(f32::NEG_INFINITY);
+        }
+    }
+    for r in 0..n {
+        if WIDE {
+            // SAFETY: passed on.
+            unsafe { avx512::softmax(&mut weights[r..], r, n, state) };
+        } else {
+            softmax(&mut weights[r..], r, n, state);
+        }
+    }
+    let mut rest = (blocks, &weights[..]);
+    while let ([first, ..], _) = rest {
+        // As many coded blocks at a time as share their tables.
+        let mut coded = [None; BLOCKS];
+        let mut together = 0;
+        while let Some(SideView::Coded(v)) = rest.0.get(together).map(|block| &block.value)
+            && together < BLOCKS
+            && coded[0].is_none_or(|first: &CodedView<'_>| first.decodes_as(v))
+        {
+            coded[together] = Some(v);
+            together += 1;
+        }
+        let (now, later) = rest.1.split_at(together.max(1) * n);
+        match coded {
+            [None, ..] => float::mix(now, &mut s.tile, d, &first.value, first.len, &mut state.out),
+            [Some(v), ..] => {
+                let views: [CodedView<'_>; BLOCKS] = coded.map(|each| *each.unwrap_or(v));
+                let views = &views[..together];
+                if WIDE {
+                    // SAFETY: passed on.
+                    unsafe { avx512::mix(s, views, now, d, &mut state.out) };
+                } else {
+                    mix::coded(s, views, now, d, &mut state.out);
+                }
             }
         }
-        None => s.local.copy_from_slice(rows.q),
+        rest = (&rest.0[together.max(1)..], later);
     }
-    let turn = block.origin.map(|_| table);
-    s.weights.resize(n, [0.0; TOKENS]);
-    match &block.key {
-        // SAFETY: passed on.
-        SideView::Coded(v) if v.scales.is_none() && WIDE => unsafe { avx512::score(s, d, v, turn) },
-        SideView::Coded(v) if v.scales.is_none() => score::coded(s, d, v, turn),
-        side => float::score(s, d, side, block.len, turn),
+    s.weights = weights;
+}
+
+/// [`Rotation::undo`], eight channels at a time.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn undo(origin: &Rotation, q: &[f32], to: &mut [f32]) {
+    let twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+    let odd = _mm256_setr_ps(0.0, -0.0, 0.0, -0.0, 0.0, -0.0, 0.0, -0.0);
+    let (eights, rest) = q.as_chunks::<8>();
+    let (to, to_rest) = to.as_chunks_mut::<8>();
+    let turns = origin.cos.as_chunks::<4>().0.iter().zip(origin.sin.as_chunks::<4>().0);
+    for ((q, to), (cos, sin)) in eights.iter().zip(to).zip(turns) {
+        let both = |four: &[f32; 4]| {
+            // SAFETY: 4 readable floats; unaligned loads are allowed.
+            let four = unsafe { _mm_loadu_ps(four.as_ptr()) };
+            _mm256_permutevar8x32_ps(_mm256_castps128_ps256(four), twice)
+        };
+        let q = super::load(q);
+        let other = _mm256_mul_ps(_mm256_permute_ps::<0b10_11_00_01>(q), _mm256_xor_ps(both(sin), odd));
+        super::store(to, _mm256_fmadd_ps(q, both(cos), other));
     }
-    for (r, w) in s.weights.iter_mut().enumerate() {
-        let visible = rows.visible(r, block.len);
-        if visible == 0 {
-            w.fill(0.0);
-        } else {
-            softmax(w, visible, r, state);
-        }
-    }
-    match &block.value {
-        // SAFETY: passed on.
-        SideView::Coded(v) if WIDE => unsafe { avx512::mix(v, &s.weights, d, &mut state.out) },
-        SideView::Coded(v) => mix::coded(v, &s.weights, d, &mut state.out),
-        side => float::mix(&s.weights, &mut s.tile, d, side, block.len, &mut state.out),
+    let done = eights.len() * 4;
+    for ((pair, to), (c, s)) in
+        rest.chunks_exact(2).zip(to_rest.chunks_exact_mut(2)).zip(origin.cos[done..].iter().zip(&origin.sin[done..]))
+    {
+        to[0] = pair[0] * c + pair[1] * s;
+        to[1] = pair[1] * c - pair[0] * s;
     }
 }
 

@@ -54,8 +54,15 @@ fn each_unit(
 
 /// scores[r][t] = q[r] * key, the keys turned first where `turn` is given.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn score(s: &mut Scratch, d: usize, side: &SideView<'_>, len: usize, turn: Option<&BlockTable>) {
-    let (q, scores) = (&s.local, &mut s.weights);
+pub(super) fn score(
+    s: &mut Scratch,
+    d: usize,
+    side: &SideView<'_>,
+    len: usize,
+    turn: Option<&BlockTable>,
+    scores: &mut [Row],
+) {
+    let q = &s.local;
     scores.fill([0.0; TOKENS]);
     each_unit(&mut s.tile, d, side, len, |u, keys| score_unit(q, d, u, keys, turn, scores));
 }

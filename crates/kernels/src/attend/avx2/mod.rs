@@ -10,6 +10,7 @@
 pub(super) mod decode;
 mod float;
 pub(super) mod mix;
+pub(super) mod outliers;
 mod prefill;
 pub(super) mod score;
 pub(super) mod unpack;
@@ -21,25 +22,22 @@ use super::{BlockView, DECODE_ROWS, Rows, SideView, State};
 use crate::rope::BlockTable;
 
 /// Floats of a vector.
-const LANES: usize = 8;
+pub(super) const LANES: usize = 8;
 
 /// # Safety
 /// The CPU has AVX2, FMA and F16C; where WIDE is true, also AVX-512 F, BW, DQ, VL and VNNI.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn attend<const WIDE: bool>(
     rows: &Rows<'_>,
-    block: &BlockView<'_>,
+    blocks: &[BlockView<'_>],
     table: &BlockTable,
     state: &mut State,
 ) {
-    if block.is_empty() || rows.is_empty() {
-        return;
-    }
     if rows.len() <= DECODE_ROWS {
         // SAFETY: passed on.
-        unsafe { decode::attend::<WIDE>(rows, block, table, state) };
+        unsafe { decode::attend::<WIDE>(rows, blocks, table, state) };
     } else {
-        prefill::attend(rows, block, table, state);
+        blocks.iter().for_each(|block| prefill::attend(rows, block, table, state));
     }
 }
 
@@ -60,6 +58,33 @@ pub(super) unsafe fn dequant(side: &SideView<'_>, len: usize, tile: &mut [f32]) 
         for channel in tile.chunks_exact_mut(TOKENS) {
             channel[len..].fill(0.0);
         }
+    }
+}
+
+pub(super) fn prefetch(block: &BlockView<'_>) {
+    for side in [&block.key, &block.value] {
+        match side {
+            SideView::Coded(v) => {
+                lines(v.codes);
+                lines(v.outliers.places);
+                lines(v.outliers.residuals);
+                v.scales.inspect(|s| {
+                    lines(s.scale);
+                    lines(s.zero);
+                });
+            }
+            // Long enough for the CPU to see where it goes.
+            SideView::Tile { .. } | SideView::Rows { .. } => {}
+        }
+    }
+}
+
+fn lines<T>(of: &[T]) {
+    const LINE: usize = 64;
+    let first: *const i8 = of.as_ptr().cast();
+    for at in (0..size_of_val(of)).step_by(LINE) {
+        // SAFETY: the address lies in the slice; a prefetch changes nothing that a program can see. SSE is part of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(first.add(at)) };
     }
 }
 
@@ -113,26 +138,32 @@ fn sum(x: __m256) -> f32 {
     _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
 }
 
-/// Turns one row's scores of `n` visible tokens into probabilities under the row's running maximum; places
-/// from `n` on become 0.
+/// Turns the scores of row `row`, every `step`-th of `all`, into probabilities under the row's running maximum.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn softmax(scores: &mut [f32; TOKENS], n: usize, row: usize, state: &mut State) {
-    scores[n..].fill(f32::NEG_INFINITY);
-    let lanes = scores.as_chunks_mut::<LANES>().0;
-    let mut top = load(&lanes[0]);
-    for x in &lanes[1..] {
-        top = _mm256_max_ps(top, load(x));
+fn softmax(all: &mut [[f32; TOKENS]], row: usize, step: usize, state: &mut State) {
+    let mut top = _mm256_set1_ps(f32::NEG_INFINITY);
+    for i in (0..all.len()).step_by(step) {
+        for x in all[i].as_chunks().0 {
+            top = _mm256_max_ps(top, load(x));
+        }
     }
     let top = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps::<1>(top));
     let top = _mm_max_ps(top, _mm_movehl_ps(top, top));
-    let max = state.raise(row, _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top))));
-    let max = _mm256_set1_ps(max);
+    let top = _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
+    if top == f32::NEG_INFINITY {
+        // Nothing is visible.
+        all.iter_mut().step_by(step).for_each(|scores| scores.fill(0.0));
+        return;
+    }
+    let max = _mm256_set1_ps(state.raise(row, top));
     let mut total = _mm256_setzero_ps();
-    for x in lanes {
-        let p = exp(_mm256_sub_ps(load(x), max));
-        total = _mm256_add_ps(total, p);
-        store(x, p);
+    for i in (0..all.len()).step_by(step) {
+        for x in all[i].as_chunks_mut().0 {
+            let p = exp(_mm256_sub_ps(load(x), max));
+            total = _mm256_add_ps(total, p);
+            store(x, p);
+        }
     }
     state.sum[row] += sum(total);
 }

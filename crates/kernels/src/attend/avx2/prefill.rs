@@ -66,12 +66,8 @@ fn with(s: &mut Scratch, rows: &Rows<'_>, block: &BlockView<'_>, table: &BlockTa
         scores.fill(0.0);
         product(n, TOKENS, d, local, &s.keys, scores);
         for (r, row) in scores.as_chunks_mut::<TOKENS>().0.iter_mut().enumerate() {
-            let visible = rows.visible(base + r, block.len);
-            if visible == 0 {
-                row.fill(0.0);
-            } else {
-                softmax(row, visible, base + r, state);
-            }
+            row[rows.visible(base + r, block.len)..].fill(f32::NEG_INFINITY);
+            softmax(std::slice::from_mut(row), base + r, 1, state);
         }
         product(n, d, TOKENS, scores, &s.turned, &mut state.out[base * d..(base + n) * d]);
     }

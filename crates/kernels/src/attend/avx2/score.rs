@@ -19,42 +19,32 @@ use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::view::{CodedView, Run, TOKENS};
 use super::decode::{Line, ROWS, Row, Scratch, Signs};
+use super::outliers;
 use super::unpack::{self, by_rows, by_width};
 use crate::rope::BlockTable;
 
 /// Sum of the magnitudes of an integer query.
 const QUERY_SUM: f32 = (i32::MAX as f64 / (TOP as f64 * std::f64::consts::SQRT_2 + 2.0)) as f32 - 1024.0;
 
-/// `coded`, the way through the passes, for the instruction set of the module that calls it: `signposts`, `turned` and
-/// `rows` are that module's own.
-macro_rules! score_passes {
-    ($features:tt) => {
-        #[inline]
-        #[target_feature(enable = $features)]
-        pub(in crate::attend) fn coded(s: &mut Scratch, d: usize, v: &CodedView<'_>, turn: Option<&BlockTable>) {
-            let pairs = d / 2;
-            s.keys.resize(4 * pairs, Line([[0; 8]; 2]));
-            s.signposts.resize(d, Signs([0; TOKENS]));
-            for run in v.runs() {
-                by_width!(run, signposts::<_>(v, &run, &mut s.signposts));
-            }
-            match turn {
-                Some(table) => turned::<true>(&s.signposts, table, pairs, &mut s.keys),
-                None => turned::<false>(&s.signposts, &BlockTable::default(), pairs, &mut s.keys),
-            }
-            steps_by_channel(v, &mut s.steps);
-            s.pairs.resize(s.weights.len() * pairs, 0);
-            let rows_of =
-                s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * pairs)).zip(s.weights.chunks_mut(ROWS));
-            for ((q, ints), scores) in rows_of {
-                by_rows!(scores.len(), rows::<_>(q, d, v, &s.steps, turn, &s.keys, ints, scores));
-            }
-        }
-    };
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn coded(s: &mut Scratch, d: usize, v: &CodedView<'_>, turn: Option<&BlockTable>, scores: &mut [Row]) {
+    let pairs = d / 2;
+    s.keys.resize(4 * pairs, Line([[0; 8]; 2]));
+    s.signposts.resize(d, Signs([0; TOKENS]));
+    for run in v.runs() {
+        by_width!(run, signposts::<_>(v, &run, &mut s.signposts));
+    }
+    match turn {
+        Some(table) => turned::<true>(&s.signposts, table, pairs, &mut s.keys),
+        None => turned::<false>(&s.signposts, &BlockTable::default(), pairs, &mut s.keys),
+    }
+    let steps = steps_by_channel(v, &mut s.steps);
+    s.pairs.resize(scores.len() * pairs, 0);
+    let rows_of = s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * pairs)).zip(scores.chunks_mut(ROWS));
+    for ((q, ints), scores) in rows_of {
+        by_rows!(scores.len(), rows::<_>(q, d, v, steps, turn, &s.keys, ints, &mut s.outliers, scores));
+    }
 }
-pub(in super::super) use score_passes;
-
-score_passes!("avx2,fma,f16c");
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -80,13 +70,16 @@ fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, rows: &mut [Signs])
     }
 }
 
-/// Steps in the order of channels.
-pub(in super::super) fn steps_by_channel(v: &CodedView<'_>, steps: &mut Vec<f32>) {
-    steps.clear();
-    steps.extend_from_slice(v.lut.steps);
-    for (&c, &step) in v.lut.order.iter().zip(v.lut.steps) {
-        steps[c as usize] = step;
+/// Steps in the order of channels, in `scratch` where that is not the order of places.
+pub(in super::super) fn steps_by_channel<'a>(v: &CodedView<'a>, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+    if v.lut.order.is_empty() {
+        return v.lut.steps;
     }
+    scratch.resize(v.lut.steps.len(), 0.0);
+    for (&c, &step) in v.lut.order.iter().zip(v.lut.steps) {
+        scratch[c as usize] = step;
+    }
+    scratch
 }
 
 /// Pass 1.
@@ -129,35 +122,43 @@ fn store(x: __m256i, y: __m256i, Line([first, second]): &mut Line) {
     }
 }
 
-/// An integer query: each channel times its step, scaled by the inverse of the returned
-/// factor and rounded.
+/// An integer query: each channel times its step, scaled by the inverse of the returned factor and rounded.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) fn integers(q: &[f32], steps: &[f32], ints: &mut [i32]) -> f32 {
-    let both = || q.as_chunks::<UNIT_CHANNELS>().0.iter().zip(steps.as_chunks::<UNIT_CHANNELS>().0);
-    let stepped = |(q, step): (&[f32; UNIT_CHANNELS], &[f32; UNIT_CHANNELS])| {
-        // SAFETY: 4 readable floats each; unaligned loads are allowed.
-        unsafe { _mm_mul_ps(_mm_loadu_ps(q.as_ptr()), _mm_loadu_ps(step.as_ptr())) }
-    };
-    let sign = _mm_set1_ps(-0.0);
-    let (mut most, mut total) = (_mm_setzero_ps(), _mm_setzero_ps());
-    for four in both() {
-        let x = _mm_andnot_ps(sign, stepped(four));
-        most = _mm_max_ps(most, x);
-        total = _mm_add_ps(total, x);
+    let (eights, rest) = q.as_chunks::<8>();
+    let (of_eights, of_rest) = steps.as_chunks::<8>();
+    let both = || eights.iter().zip(of_eights);
+    let stepped = |(q, step): (&[f32; 8], &[f32; 8])| _mm256_mul_ps(super::load(q), super::load(step));
+    let sign = _mm256_set1_ps(-0.0);
+    let (mut most, mut total) = (_mm256_setzero_ps(), _mm256_setzero_ps());
+    for eight in both() {
+        let x = _mm256_andnot_ps(sign, stepped(eight));
+        most = _mm256_max_ps(most, x);
+        total = _mm256_add_ps(total, x);
     }
+    let most = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps::<1>(most));
     let most = _mm_max_ps(most, _mm_movehl_ps(most, most));
-    let most = _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
-    let total = _mm_add_ps(total, _mm_movehl_ps(total, total));
-    let total = _mm_cvtss_f32(_mm_add_ss(total, _mm_movehdup_ps(total)));
+    let mut most = _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+    let mut total = super::sum(total);
+    for (q, step) in rest.iter().zip(of_rest) {
+        most = most.max((q * step).abs());
+        total += (q * step).abs();
+    }
     let factor = if total > 0.0 { (32767.0 / most).min(QUERY_SUM / total) } else { 0.0 };
     // A query of zeros, or one too small to scale, scores 0.
     let factor = if factor.is_finite() { factor } else { 0.0 };
-    let scale = _mm_set1_ps(factor);
-    for (four, to) in both().zip(ints.as_chunks_mut::<2>().0) {
-        let x = _mm_cvtps_epi32(_mm_mul_ps(stepped(four), scale));
-        // SAFETY: 8 writable bytes; unaligned stores are allowed.
-        unsafe { _mm_storel_epi64(to.as_mut_ptr().cast(), _mm_packs_epi32(x, x)) };
+    let scale = _mm256_set1_ps(factor);
+    let (to, to_rest) = ints.as_chunks_mut::<4>();
+    for (eight, to) in both().zip(to) {
+        let x = _mm256_cvtps_epi32(_mm256_mul_ps(stepped(eight), scale));
+        let x = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+        // SAFETY: 16 writable bytes; unaligned stores are allowed.
+        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), x) };
+    }
+    for ((q, step), to) in rest.as_chunks::<2>().0.iter().zip(of_rest.as_chunks::<2>().0).zip(to_rest) {
+        let int = |i: usize| (q[i] * step[i] * factor).round_ties_even() as i32;
+        *to = int(0) & 0xffff | int(1) << 16;
     }
     if factor > 0.0 { 1.0 / factor } else { 0.0 }
 }
@@ -172,6 +173,7 @@ fn rows<const R: usize>(
     turn: Option<&BlockTable>,
     keys: &[Line],
     ints: &mut [i32],
+    extra: &mut outliers::Scratch,
     scores: &mut [Row],
 ) {
     let pairs = d / 2;
@@ -204,37 +206,5 @@ fn rows<const R: usize>(
             super::store(&mut row[at + 2], _mm256_permute2f128_ps::<0x31>(x, y));
         }
     }
-    outliers::<R>(q, d, v, turn, scores);
-}
-
-/// scores[r][t] += residual * (the query's share of the channel at the token).
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) fn outliers<const R: usize>(
-    q: &[f32],
-    d: usize,
-    v: &CodedView<'_>,
-    turn: Option<&BlockTable>,
-    scores: &mut [Row; R],
-) {
-    let queries: [&[[f32; 2]]; R] = std::array::from_fn(|r| q[r * d..(r + 1) * d].as_chunks::<2>().0);
-    for (u, places, residuals) in v.outliers_by_unit() {
-        for (&place, &residual) in places.iter().zip(residuals) {
-            let residual = unpack::half(u16::from_le_bytes(residual));
-            let (t, i) = (place as usize % TOKENS, place as usize / TOKENS);
-            let c = v.channel(u * UNIT_CHANNELS + i);
-            let (pair, odd) = (c / 2, c % 2);
-            let (a, b) = match turn {
-                Some(table) => {
-                    let turns = table.turns[pair].as_flattened();
-                    (turns[(1 - odd) * TOKENS + t] * residual, turns[(2 - odd) * TOKENS + t] * residual)
-                }
-                None => ([residual, 0.0][odd], [0.0, residual][odd]),
-            };
-            for r in 0..R {
-                let [x, y] = queries[r][pair];
-                scores[r][t] += x * a + y * b;
-            }
-        }
-    }
+    outliers::score::<R>(extra, q, d, v, turn, scores);
 }

@@ -1,13 +1,39 @@
 //! AVX-512 (F, BW, DQ, VL) with VNNI: the integer form of few rows, as AVX2 has it, with these departures:
-//! - all 64 tokens of a channel's codes in one vector;
-//! - `vpdpwssd` multiplies and adds in one instruction.
+//! - a word shuffle looks up 32 signposts of 16 bits;
+//! - `vpdpwssd` multiplies and adds in one instruction;
+//! - where channels lie in their own order, keys go from codes to scores in registers.
 //!
-//! fp16 blocks, softmax and many rows run AVX2's code: there the memory or the multipliers are the limit, which 512-bit
+//! fp16 blocks and many rows run AVX2's code: there the memory or the multipliers are the limit, which 512-bit
 //! vectors do not move.
 
 mod mix;
 mod score;
+mod softmax;
 mod unpack;
 
 pub(super) use mix::coded as mix;
 pub(super) use score::coded as score;
+pub(super) use softmax::softmax;
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+
+/// sums + a * b, products of 16-bit neighbours added in 32 bits.
+///
+/// The compiler takes the intrinsic apart into a product and a sum again, which shortens a chain that is not the limit here
+/// and lengthens the program, which is.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn multiply_add(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: VNNI is enabled for this function; registers only.
+    unsafe {
+        asm!(
+            "vpdpwssd {sums}, {a}, {b}",
+            sums = inout(zmm_reg) sums,
+            a = in(zmm_reg) a,
+            b = in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}

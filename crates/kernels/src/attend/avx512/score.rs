@@ -1,22 +1,55 @@
 //! Scores from codes with static tables: see AVX2's file of this name.
 //!
-//! ```text
-//! keys   [4 vectors][head_dim / 2 pairs][16 tokens] (x', y') 16 bits each
-//!        vector v: tokens 4 v + (0..4), and the same 16, 32 and 48 further
-//! ```
+//! Here a pair of channels goes from codes to sums without leaving registers, where the channels lie in their own order;
+//! where they don't, or where several groups of rows need them, signposts are stored first.
 
 use std::arch::x86_64::*;
 
 use kvquant_quant::pack::UNIT_CHANNELS;
 
-use super::super::avx2::decode::{Line, ROWS, Row, Scratch, Signs};
-use super::super::avx2::score::{integers, outliers, score_passes, steps_by_channel};
+use super::super::avx2::decode::{ROWS, Row, Scratch, Signs};
+use super::super::avx2::outliers;
+use super::super::avx2::score::{integers, steps_by_channel};
 use super::super::avx2::unpack::{by_rows, by_width, units};
 use super::super::view::{CodedView, Run, TOKENS};
-use super::unpack;
+use super::multiply_add;
+use super::unpack::{self, Signposts};
 use crate::rope::BlockTable;
 
-score_passes!("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c");
+/// Scores of R rows in 32 bits. Sums `[2 h]` and `[2 h + 1]` hold half h of the tokens, by lanes of four: 0, 2, 4, 6 and
+/// 16, 18, 20, 22, then the odd ones above them; and the same 8 further.
+type Sums<const R: usize> = [[__m512i; 4]; R];
+
+/// The integer queries of R rows, and what turns keys.
+struct Pass<'a, const R: usize> {
+    queries: [&'a [i32]; R],
+    /// None: keys are stored turned.
+    turn: Option<&'a BlockTable>,
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(in crate::attend) fn coded(
+    s: &mut Scratch,
+    d: usize,
+    v: &CodedView<'_>,
+    turn: Option<&BlockTable>,
+    scores: &mut [Row],
+) {
+    let steps = steps_by_channel(v, &mut s.steps);
+    s.pairs.resize(scores.len() * d / 2, 0);
+    let stored = !v.lut.order.is_empty() || scores.len() > ROWS;
+    if stored {
+        s.signposts.resize(d, Signs([0; TOKENS]));
+        for run in v.runs() {
+            by_width!(run, signposts::<_>(v, &run, &mut s.signposts));
+        }
+    }
+    let keys = stored.then_some(&s.signposts[..]);
+    let rows_of = s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * d / 2)).zip(scores.chunks_mut(ROWS));
+    for ((q, ints), scores) in rows_of {
+        by_rows!(scores.len(), rows::<_>(q, d, v, steps, turn, keys, ints, &mut s.outliers, scores));
+    }
+}
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
@@ -25,14 +58,7 @@ fn load(from: &[i16; 32]) -> __m512i {
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn store(x: __m512i, to: &mut Line) {
-    // SAFETY: a line is 64 writable bytes; unaligned stores are allowed.
-    unsafe { _mm512_storeu_si512(to.0.as_mut_ptr().cast(), x) }
-}
-
-/// Pass 0: signposts.
+/// Signposts of a run, channel by channel.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, rows: &mut [Signs]) {
     let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
@@ -48,23 +74,22 @@ fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, rows: &mut [Signs])
     }
 }
 
-/// Pass 1: turned, the channels of a pair side by side.
+/// sums += a pair of channels, turned, times the queries.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn turned<const TURN: bool>(rows: &[Signs], table: &BlockTable, pairs: usize, keys: &mut [Line]) {
-    let (front, back) = keys.split_at_mut(2 * pairs);
-    let (l0, l1) = front.split_at_mut(pairs);
-    let (l2, l3) = back.split_at_mut(pairs);
-    let lines = l0.iter_mut().zip(l1).zip(l2).zip(l3);
-    for (c, ([x, y], (((l0, l1), l2), l3))) in rows.as_chunks::<2>().0.iter().zip(lines).enumerate() {
-        let (x, y) = (x.0.as_chunks::<32>().0, y.0.as_chunks::<32>().0);
-        for (i, (first, second)) in [(l0, l1), (l2, l3)].into_iter().enumerate() {
-            let (mut a, mut b) = (load(&x[i]), load(&y[i]));
-            if TURN {
-                let (cos, sin) = (table.cos16[c].as_chunks::<32>().0, table.sin16[c].as_chunks::<32>().0);
-                (a, b) = rotate(a, b, load(&cos[i]), load(&sin[i]));
-            }
-            store(_mm512_unpacklo_epi16(a, b), first);
-            store(_mm512_unpackhi_epi16(a, b), second);
+fn add_pair<const R: usize>(sums: &mut Sums<R>, pass: &Pass<'_, R>, pair: usize, x: Signposts, y: Signposts) {
+    for h in 0..2 {
+        let (mut a, mut b) = (x[h], y[h]);
+        if let Some(table) = pass.turn {
+            let [cos, sin] = &table.wide16[pair];
+            (a, b) = rotate(a, b, load(&cos.as_chunks().0[h]), load(&sin.as_chunks().0[h]));
+        }
+        let (low, high) = (_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b));
+        for r in 0..R {
+            // SAFETY: every query holds all pairs of the head.
+            let q = _mm512_set1_epi32(unsafe { *pass.queries[r].get_unchecked(pair) });
+            sums[r][2 * h] = multiply_add(sums[r][2 * h], low, q);
+            sums[r][2 * h + 1] = multiply_add(sums[r][2 * h + 1], high, q);
         }
     }
 }
@@ -78,7 +103,44 @@ fn rotate(x: __m512i, y: __m512i, cos: __m512i, sin: __m512i) -> (__m512i, __m51
     )
 }
 
-/// Pass 2: scores of R rows.
+/// sums += the pairs of a run, straight from the codes.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn add_run<const B: u32, const R: usize>(v: &CodedView<'_>, run: &Run<'_>, pass: &Pass<'_, R>, all: &mut Sums<R>) {
+    let mut sums = [[_mm512_setzero_si512(); 4]; R];
+    let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
+    for ((u, unit), tables) in units::<B>(run).zip(tables) {
+        let [low, high] = unpack::codes::<B>(unit);
+        for p in [0, 1] {
+            let [x, y] = [2 * p, 2 * p + 1].map(|i| unpack::look_up::<B>(&tables[i], low[i], high[i]));
+            add_pair(&mut sums, pass, u * UNIT_CHANNELS / 2 + p, x, y);
+        }
+    }
+    for r in 0..R {
+        for i in 0..4 {
+            all[r][i] = _mm512_add_epi32(all[r][i], sums[r][i]);
+        }
+    }
+}
+
+/// sums += all pairs, from stored signposts.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn add_stored<const R: usize>(keys: &[Signs], pass: &Pass<'_, R>, all: &mut Sums<R>) {
+    let mut sums = [[_mm512_setzero_si512(); 4]; R];
+    for (pair, [x, y]) in keys.as_chunks::<2>().0.iter().enumerate() {
+        let [x, y] = [x, y].map(|of| {
+            let halves = of.0.as_chunks::<32>().0;
+            [load(&halves[0]), load(&halves[1])]
+        });
+        add_pair(&mut sums, pass, pair, x, y);
+    }
+    for r in 0..R {
+        for i in 0..4 {
+            all[r][i] = _mm512_add_epi32(all[r][i], sums[r][i]);
+        }
+    }
+}
+
+/// Scores of R rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn rows<const R: usize>(
     q: &[f32],
@@ -86,8 +148,9 @@ fn rows<const R: usize>(
     v: &CodedView<'_>,
     steps: &[f32],
     turn: Option<&BlockTable>,
-    keys: &[Line],
+    keys: Option<&[Signs]>,
     ints: &mut [i32],
+    extra: &mut outliers::Scratch,
     scores: &mut [Row],
 ) {
     let pairs = d / 2;
@@ -96,37 +159,28 @@ fn rows<const R: usize>(
     for ((q, ints), factor) in q.chunks_exact(d).zip(ints.chunks_exact_mut(pairs)).zip(&mut factors) {
         *factor = integers(q, steps, ints);
     }
-    let queries: [&[i32]; R] = std::array::from_fn(|r| &ints[r * pairs..(r + 1) * pairs]);
+    let pass = Pass { queries: std::array::from_fn(|r| &ints[r * pairs..(r + 1) * pairs]), turn };
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
-    let (front, back) = keys.split_at(d);
-    let (l0, l1) = front.split_at(pairs);
-    let (l2, l3) = back.split_at(pairs);
-    for (p, (((k0, k1), k2), k3)) in l0.iter().zip(l1).zip(l2).zip(l3).enumerate() {
-        // SAFETY: a line is 64 readable bytes; unaligned loads are allowed.
-        let k = unsafe { [k0, k1, k2, k3].map(|k| _mm512_loadu_si512(k.0.as_ptr().cast())) };
-        for r in 0..R {
-            // SAFETY: every query holds `pairs` pairs, as many as there are lines.
-            let q = _mm512_set1_epi32(unsafe { *queries[r].get_unchecked(p) });
-            for i in 0..4 {
-                sums[r][i] = _mm512_dpwssd_epi32(sums[r][i], k[i], q);
+    match keys {
+        Some(keys) => add_stored::<R>(keys, &pass, &mut sums),
+        None => {
+            for run in v.runs() {
+                by_width!(run, add_run::<_, R>(v, &run, &pass, &mut sums));
             }
         }
     }
+    // Sixteen tokens of a half from its two sums: even and odd ones lie two lanes apart.
+    let at = |token: i32| token % 2 * 8 + token / 16 % 2 * 4 + token % 8 / 2 + token / 8 % 2 * 16;
+    let places: [[i32; 16]; 2] = std::array::from_fn(|i| std::array::from_fn(|t| at((16 * i + t) as i32)));
     for r in 0..R {
-        let x = sums[r].map(|x| _mm512_mul_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(factors[r])));
-        // Lane j of vector i holds tokens 16 j + 4 i and three more: a transpose of lanes.
-        let (a, b) = (_mm512_shuffle_f32x4::<0x44>(x[0], x[1]), _mm512_shuffle_f32x4::<0xee>(x[0], x[1]));
-        let (c, e) = (_mm512_shuffle_f32x4::<0x44>(x[2], x[3]), _mm512_shuffle_f32x4::<0xee>(x[2], x[3]));
-        let sorted = [
-            _mm512_shuffle_f32x4::<0x88>(a, c),
-            _mm512_shuffle_f32x4::<0xdd>(a, c),
-            _mm512_shuffle_f32x4::<0x88>(b, e),
-            _mm512_shuffle_f32x4::<0xdd>(b, e),
-        ];
-        for (to, x) in scores[r].as_chunks_mut::<16>().0.iter_mut().zip(sorted) {
+        let factor = _mm512_set1_ps(factors[r]);
+        for (i, to) in scores[r].as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            // SAFETY: 64 readable bytes; unaligned loads are allowed.
+            let places = unsafe { _mm512_loadu_si512(places[i % 2].as_ptr().cast()) };
+            let x = _mm512_permutex2var_epi32(sums[r][i / 2 * 2], places, sums[r][i / 2 * 2 + 1]);
             // SAFETY: 16 writable floats; unaligned stores are allowed.
-            unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) };
+            unsafe { _mm512_storeu_ps(to.as_mut_ptr(), _mm512_mul_ps(_mm512_cvtepi32_ps(x), factor)) };
         }
     }
-    outliers::<R>(q, d, v, turn, scores);
+    outliers::score::<R>(extra, q, d, v, turn, scores);
 }

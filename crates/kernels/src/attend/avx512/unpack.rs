@@ -1,14 +1,15 @@
-//! Codes to signposts: see AVX2's file of this name.
+//! Codes to signposts: a shift of words puts a code into the low bits of a 16-bit lane, and one word shuffle, which reads
+//! the low five bits only, looks it up. What lies above a code is noise that tables, which repeat, ignore.
 
 use std::arch::x86_64::*;
 
 use kvquant_quant::Table;
 use kvquant_quant::pack::{LOW_BITS, UNIT_CHANNELS, VECTOR};
 
-/// A channel's codes as bytes, token by token. A 3-bit code may carry a fourth bit of noise.
-pub(super) type Codes = __m512i;
+/// A channel's codes in the low bits of 16-bit lanes, in the order of [`crate::rope::evens_first`].
+pub(super) type Codes = [__m512i; 2];
 
-/// A channel's signposts, 16-bit steps, in the order of [`crate::rope::shuffled`].
+/// A channel's signposts, 16-bit steps, in the same order.
 pub(super) type Signposts = [__m512i; 2];
 
 #[inline]
@@ -18,26 +19,31 @@ fn vector(bytes: &[u8; VECTOR]) -> __m256i {
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
 
-/// Fields of a byte from bit `low` on for the first half of the tokens, from bit `high` on for the second.
+/// Fields of a byte from bit `FIRST` on for the first half of the tokens, from bit `SECOND` on for the second.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn fields(x: __m256i, low: i16, high: i16, mask: i8) -> Codes {
-    let shift = _mm512_inserti64x4::<1>(_mm512_set1_epi16(low), _mm256_set1_epi16(high));
-    _mm512_and_si512(_mm512_srlv_epi16(_mm512_broadcast_i64x4(x), shift), _mm512_set1_epi8(mask))
+fn fields<const FIRST: i16, const SECOND: i16>(x: __m256i) -> Codes {
+    let twice = _mm512_broadcast_i64x4(x);
+    let from = |bit: i16| {
+        // Bytes of even tokens are the low ones of their words.
+        let shift = _mm512_inserti64x4::<1>(_mm512_set1_epi16(bit), _mm256_set1_epi16(bit + 8));
+        _mm512_srlv_epi16(twice, shift)
+    };
+    [from(FIRST), from(SECOND)]
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn plane<const B: u32>(unit: &[[u8; VECTOR]]) -> [Codes; UNIT_CHANNELS] {
     match B {
-        0 => [_mm512_setzero_si512(); UNIT_CHANNELS],
+        0 => [[_mm512_setzero_si512(); 2]; UNIT_CHANNELS],
         1 => {
             let v = vector(&unit[0]);
-            [fields(v, 0, 1, 1), fields(v, 2, 3, 1), fields(v, 4, 5, 1), fields(v, 6, 7, 1)]
+            [fields::<0, 1>(v), fields::<2, 3>(v), fields::<4, 5>(v), fields::<6, 7>(v)]
         }
         2 => {
             let (v, w) = (vector(&unit[0]), vector(&unit[1]));
-            [fields(v, 0, 2, 3), fields(v, 4, 6, 3), fields(w, 0, 2, 3), fields(w, 4, 6, 3)]
+            [fields::<0, 2>(v), fields::<4, 6>(v), fields::<0, 2>(w), fields::<4, 6>(w)]
         }
         3 => {
             let (x, y, z) = (vector(&unit[0]), vector(&unit[1]), vector(&unit[2]));
@@ -46,12 +52,9 @@ fn plane<const B: u32>(unit: &[[u8; VECTOR]]) -> [Codes; UNIT_CHANNELS] {
                 bit(_mm256_srli_epi16::<3>(x), 0x11),
                 _mm256_or_si256(bit(_mm256_srli_epi16::<2>(y), 0x22), bit(_mm256_srli_epi16::<1>(z), 0x44)),
             );
-            [fields(x, 0, 4, 15), fields(y, 0, 4, 15), fields(z, 0, 4, 15), fields(fourth, 0, 4, 15)]
+            [x, y, z, fourth].map(|v| fields::<0, 4>(v))
         }
-        _ => {
-            let four = |i: usize| fields(vector(&unit[i]), 0, 4, 15);
-            [four(0), four(1), four(2), four(3)]
-        }
+        _ => [0, 1, 2, 3].map(|i| fields::<0, 4>(vector(&unit[i]))),
     }
 }
 
@@ -67,41 +70,30 @@ pub(super) fn codes<const B: u32>(unit: &[[u8; VECTOR]]) -> [[Codes; UNIT_CHANNE
     }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn entries(part: &[u8; 32], codes: Codes) -> Signposts {
-    // SAFETY: 16 readable bytes each.
-    let (low, high) = unsafe {
-        let low = _mm_loadu_si128(part.as_ptr().cast());
-        let high = _mm_loadu_si128(part.as_ptr().add(16).cast());
-        (_mm512_broadcast_i32x4(low), _mm512_broadcast_i32x4(high))
-    };
-    let (x, y) = (_mm512_shuffle_epi8(low, codes), _mm512_shuffle_epi8(high, codes));
-    [_mm512_unpacklo_epi8(x, y), _mm512_unpackhi_epi8(x, y)]
-}
-
 /// Signposts of a channel of a unit of B bits.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) fn look_up<const B: u32>(table: &Table, low: Codes, high: Codes) -> Signposts {
-    let x = entries(&table.low, low);
-    if B <= LOW_BITS {
-        return x;
+    if B <= LOW_BITS + 1 {
+        // SAFETY: both parts, 64 readable bytes.
+        let words = unsafe { _mm512_loadu_si512(table.words.as_ptr().cast()) };
+        return [0, 1].map(|i| {
+            let code = match B {
+                // The fifth bit goes above the low four.
+                5 => _mm512_ternarylogic_epi32::<0xca>(
+                    _mm512_set1_epi16(15),
+                    low[i],
+                    _mm512_slli_epi16::<{ LOW_BITS }>(high[i]),
+                ),
+                _ => low[i],
+            };
+            _mm512_permutexvar_epi16(code, words)
+        });
     }
-    if B == 5 {
-        // The fifth bit chooses the upper half of the table.
-        let upper = _mm512_test_epi8_mask(high, high);
-        let part = |bytes: &[u8; 32], i: usize| {
-            // SAFETY: 16 readable bytes from 0 and from 16 on.
-            unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(bytes.as_ptr().add(16 * i).cast())) }
-        };
-        let byte = |i: usize| {
-            let (a, b) = (part(&table.low, i), part(&table.high, i));
-            _mm512_mask_blend_epi8(upper, _mm512_shuffle_epi8(a, low), _mm512_shuffle_epi8(b, low))
-        };
-        let (x, y) = (byte(0), byte(1));
-        return [_mm512_unpacklo_epi8(x, y), _mm512_unpackhi_epi8(x, y)];
-    }
-    let y = entries(&table.high, high);
-    [_mm512_add_epi16(x[0], y[0]), _mm512_add_epi16(x[1], y[1])]
+    let part = |i: usize| {
+        // SAFETY: 32 readable bytes; unaligned loads are allowed.
+        _mm512_broadcast_i64x4(unsafe { _mm256_loadu_si256(table.words[i].as_ptr().cast()) })
+    };
+    let (x, y) = (part(0), part(1));
+    [0, 1].map(|i| _mm512_add_epi16(_mm512_permutexvar_epi16(low[i], x), _mm512_permutexvar_epi16(high[i], y)))
 }

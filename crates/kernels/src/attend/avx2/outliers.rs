@@ -1,0 +1,235 @@
+//! Outliers, for up to four rows at once: rows lie side by side, so that an entry takes one vector operation instead of
+//! one a row.
+
+use std::arch::x86_64::*;
+
+use kvquant_quant::pack::UNIT_CHANNELS;
+
+use super::super::view::{CodedView, TOKENS};
+use super::decode::{ByBlock, ROWS, Row};
+use super::unpack;
+use crate::rope::BlockTable;
+
+/// The same place of four rows.
+type Four = [f32; ROWS];
+
+/// What a thread reuses from block to block.
+#[derive(Default)]
+pub(in super::super) struct Scratch {
+    channels: Vec<Four>,
+    tokens: Vec<Four>,
+    list: List,
+}
+
+/// Outliers one by one: where they are and what they add.
+#[derive(Default)]
+struct List {
+    channels: Vec<u16>,
+    tokens: Vec<u8>,
+    residuals: Vec<f32>,
+}
+
+impl List {
+    /// Outliers of a side. Every channel is below its `head_dim`, every token below 64.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn fill(&mut self, v: &CodedView<'_>) {
+        let places = v.outliers.places;
+        self.channels.resize(places.len() + STRIDE, 0);
+        self.tokens.resize(places.len(), 0);
+        let mut end = 0;
+        for (u, &count) in v.outliers.counts.iter().enumerate() {
+            let (first, last) = (end, end + count as usize);
+            let base = (u * UNIT_CHANNELS) as u16;
+            let mut at = first;
+            loop {
+                // Eight at a time whatever the count, so that there is no branch to mispredict: what is too much belongs to
+                // the next units, which write it again.
+                if let Some(from) = places[at..].first_chunk::<STRIDE>() {
+                    let to: &mut [u16; STRIDE] = self.channels[at..].first_chunk_mut().expect("there is room to spare");
+                    // SAFETY: 8 readable and 16 writable bytes; unaligned access is allowed.
+                    unsafe {
+                        let places = _mm_cvtepu8_epi16(_mm_loadl_epi64(from.as_ptr().cast()));
+                        let channels = _mm_add_epi16(_mm_srli_epi16::<6>(places), _mm_set1_epi16(base as i16));
+                        _mm_storeu_si128(to.as_mut_ptr().cast(), channels);
+                    }
+                } else {
+                    for i in at..last {
+                        self.channels[i] = base + (places[i] as usize / TOKENS) as u16;
+                    }
+                }
+                at += STRIDE;
+                if at >= last {
+                    break;
+                }
+            }
+            end = last;
+        }
+        for (place, token) in places.iter().zip(&mut self.tokens) {
+            *token = *place % TOKENS as u8;
+        }
+        if !v.lut.order.is_empty() {
+            for c in &mut self.channels[..places.len()] {
+                *c = v.lut.order[*c as usize];
+            }
+        }
+        floats(v.outliers.residuals, &mut self.residuals);
+    }
+
+    /// Channel, token, residual.
+    #[inline(always)]
+    fn each(&self) -> impl Iterator<Item = (usize, usize, f32)> {
+        let all = self.channels.iter().zip(&self.tokens).zip(&self.residuals);
+        all.map(|((&c, &t), &r)| (c as usize, t as usize, r))
+    }
+}
+
+/// Outliers that are placed at a time.
+const STRIDE: usize = 8;
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load(from: &Four) -> __m128 {
+    // SAFETY: 4 readable floats; unaligned loads are allowed.
+    unsafe { _mm_loadu_ps(from.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn store(x: __m128, to: &mut Four) {
+    // SAFETY: 4 writable floats; unaligned stores are allowed.
+    unsafe { _mm_storeu_ps(to.as_mut_ptr(), x) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn transpose([a, b, c, d]: [__m128; 4]) -> [__m128; 4] {
+    let (ab, cd) = ([_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b)], [_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d)]);
+    [_mm_movelh_ps(ab[0], cd[0]), _mm_movehl_ps(cd[0], ab[0]), _mm_movelh_ps(ab[1], cd[1]), _mm_movehl_ps(cd[1], ab[1])]
+}
+
+/// Puts R rows side by side.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn side_by_side<const R: usize>(rows: [&[f32]; R], to: &mut Vec<Four>) {
+    to.resize(rows[0].len(), [0.0; ROWS]);
+    let rows = rows.map(|r| r.as_chunks::<4>().0);
+    for (i, to) in to.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+        let mut four = [_mm_setzero_ps(); ROWS];
+        for r in 0..R {
+            four[r] = load(&rows[r][i]);
+        }
+        for (to, x) in to.iter_mut().zip(transpose(four)) {
+            store(x, to);
+        }
+    }
+}
+
+/// Adds what lies side by side to R rows, eight places at a time, as wide as rows are read afterwards.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_to_rows<const R: usize>(from: &[Four], rows: [&mut [f32]; R]) {
+    let (eights, rest) = from.as_chunks::<8>();
+    let rows = rows.map(|r| r.as_chunks_mut::<8>());
+    for (i, from) in eights.iter().enumerate() {
+        let x = transpose([load(&from[0]), load(&from[1]), load(&from[2]), load(&from[3])]);
+        let y = transpose([load(&from[4]), load(&from[5]), load(&from[6]), load(&from[7])]);
+        for r in 0..R {
+            let to = &mut rows[r].0[i];
+            super::store(to, _mm256_add_ps(super::load(to), _mm256_set_m128(y[r], x[r])));
+        }
+    }
+    for (i, from) in rest.iter().enumerate() {
+        for r in 0..R {
+            rows[r].1[i] += from[r];
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn floats(residuals: &[[u8; 2]], to: &mut Vec<f32>) {
+    to.resize(residuals.len(), 0.0);
+    let (eights, rest) = residuals.as_chunks::<8>();
+    let (to, to_rest) = to.as_chunks_mut::<8>();
+    for (from, to) in eights.iter().zip(to) {
+        // SAFETY: 16 readable bytes; unaligned loads are allowed.
+        super::store(to, _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.as_ptr().cast()) }));
+    }
+    for (from, to) in rest.iter().zip(to_rest) {
+        *to = unpack::half(u16::from_le_bytes(*from));
+    }
+}
+
+/// scores[r][t] += residual * (the query's share of the channel at the token). `q` is `[R, d]`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn score<const R: usize>(
+    s: &mut Scratch,
+    q: &[f32],
+    d: usize,
+    v: &CodedView<'_>,
+    turn: Option<&BlockTable>,
+    scores: &mut [Row; R],
+) {
+    if v.outliers.places.is_empty() {
+        return;
+    }
+    s.list.fill(v);
+    side_by_side::<R>(std::array::from_fn(|r| &q[r * d..(r + 1) * d]), &mut s.channels);
+    s.tokens.clear();
+    s.tokens.resize(TOKENS, [0.0; ROWS]);
+    let (channels, sums) = (&s.channels[..], &mut s.tokens[..]);
+    match turn {
+        Some(table) => {
+            assert!(table.turns.len() >= d / 2 * TOKENS && channels.len() >= d);
+            for (c, t, residual) in s.list.each() {
+                // SAFETY: c < d and t < 64 (`List::fill`), d is even; the tables' sizes were checked above.
+                let ([cos, sin], x, y, sum) = unsafe {
+                    let turn = table.turns.get_unchecked(c / 2 * TOKENS + t);
+                    (turn, channels.get_unchecked(c), channels.get_unchecked(c ^ 1), sums.get_unchecked_mut(t))
+                };
+                // The other channel of the pair gets sin from an even one, -sin from an odd one.
+                let sin = f32::from_bits(sin.to_bits() ^ (c as u32) << 31);
+                let x = _mm_mul_ps(load(x), _mm_set1_ps(*cos));
+                let x = _mm_fmadd_ps(load(y), _mm_set1_ps(sin), x);
+                store(_mm_fmadd_ps(x, _mm_set1_ps(residual), load(sum)), sum);
+            }
+        }
+        None => {
+            for (c, t, residual) in s.list.each() {
+                store(_mm_fmadd_ps(load(&channels[c]), _mm_set1_ps(residual), load(&sums[t])), &mut sums[t]);
+            }
+        }
+    }
+    add_to_rows::<R>(sums, scores.each_mut().map(|row| &mut row[..]));
+}
+
+/// out[r][c] += weights[r][t] * residual, over some blocks. `out` is `[R, d]`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn mix<const R: usize>(
+    s: &mut Scratch,
+    blocks: &[CodedView<'_>],
+    weights: ByBlock<'_>,
+    d: usize,
+    out: &mut [f32],
+) {
+    if blocks.iter().all(|v| v.outliers.places.is_empty()) {
+        return;
+    }
+    s.channels.clear();
+    s.channels.resize(d, [0.0; ROWS]);
+    let sums = &mut s.channels[..];
+    for (b, v) in blocks.iter().enumerate() {
+        s.list.fill(v);
+        side_by_side::<R>(std::array::from_fn(|r| &weights.row(b, r)[..]), &mut s.tokens);
+        let tokens = &s.tokens[..];
+        assert!(tokens.len() >= TOKENS && sums.len() >= v.head_dim);
+        for (c, t, residual) in s.list.each() {
+            // SAFETY: c < head_dim and t < 64 (`List::fill`); the sizes were checked above.
+            let (x, sum) = unsafe { (tokens.get_unchecked(t), sums.get_unchecked_mut(c)) };
+            store(_mm_fmadd_ps(load(x), _mm_set1_ps(residual), load(sum)), sum);
+        }
+    }
+    let mut rows = out.chunks_exact_mut(d);
+    add_to_rows::<R>(sums, std::array::from_fn(|_| rows.next().expect("out has R rows")));
+}
