@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use kvquant_kernels::attend::{BlockView, Kernels, Rows as QueryRows, SideView, State, ViewError};
+use kvquant_kernels::attend::{BLOCKS, BlockView, Kernels, Rows as QueryRows, SideView, State, ViewError};
 use kvquant_kernels::rope::{BlockTable, Rope, Rotation};
 use kvquant_quant::pack::BLOCK_TOKENS;
 use rayon::prelude::*;
@@ -119,6 +119,14 @@ impl History<'_> {
     fn attend(&self, queries: &Queries, task: &Task, position: usize, state: &mut State) -> Result<(), ViewError> {
         let cx = self.layer.context();
         let asking = Asking { head: task.head, tokens: task.tokens.clone(), position, row: 0 };
+        let rows = QueryRows {
+            q: queries.of(task.head, task.tokens.clone()),
+            group: queries.group,
+            head_dim: queries.head_dim,
+            first_visible: BLOCK_TOKENS,
+        };
+        // Blocks that every row sees whole wait here: some are asked for while those before them are attended to.
+        let mut whole = Vec::with_capacity(2 * BLOCKS);
         for part in task.parts.clone() {
             let place = if part == 0 {
                 let sink = self.layer.sink();
@@ -131,7 +139,23 @@ impl History<'_> {
                 let sides = block.views(&cx, task.head)?;
                 Place { sides, first, len: block.len(cx.channels), origin: self.origins.map(|o| &o[b]) }
             };
-            self.fold(queries, &asking, place, state)?;
+            if place.len == 0 {
+                continue;
+            }
+            if self.layer.window().is_some() || place.first + place.len > position + 1 {
+                self.fold(queries, &asking, place, state)?;
+                continue;
+            }
+            let view = BlockView::new(place.sides.0, place.sides.1, place.len, place.origin)?;
+            self.kernels.prefetch(&view);
+            whole.push(view);
+            if whole.len() == 2 * BLOCKS {
+                self.kernels.attend_all(&rows, &whole[..BLOCKS], self.table, state);
+                whole.drain(..BLOCKS);
+            }
+        }
+        for some in whole.chunks(BLOCKS) {
+            self.kernels.attend_all(&rows, some, self.table, state);
         }
         Ok(())
     }
