@@ -118,6 +118,11 @@ impl Layout {
         let words = (places[1].counts.end + 1).div_ceil(4);
         Layout { key, value, places, words }
     }
+
+    /// Bytes of a block without its outliers.
+    pub fn fixed_bytes(&self) -> usize {
+        4 * self.words
+    }
 }
 
 /// Up to 64 tokens of keys and values as codes.
