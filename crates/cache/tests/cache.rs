@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvquant_cache::{Bytes, Cache, CacheError, CacheShape, Prefill};
 use kvquant_kernels::rope::Rope;
-use kvquant_quant::{Fingerprint, Fit, LayerFit, Provenance, Quantizer, SideFit, Spec};
+use kvquant_quant::{Fingerprint, Fit, LayerFit, MixedFit, Provenance, Quantizer, SideFit, Spec};
 use rand::{Rng, SeedableRng};
 
 const SHAPE: CacheShape = CacheShape { layers: 2, heads: 6, kv_heads: 2, head_dim: 32 };
@@ -287,4 +287,57 @@ fn misuse_has_names() {
     assert!(matches!(e, CacheError::Length { what: "v", .. }));
     c.extend(0, &[0.0; 192], &[0.0; 64], &[0.0; 64], Prefill::Quantized, &mut out).unwrap();
     assert!(matches!(c.commit(1), Err(CacheError::Uneven { layer: 1, .. })));
+}
+
+/// Wide codes in turned channels, packed in another order, come out where they belong: what queries, keys, values and
+/// outputs go through cancels.
+#[test]
+fn transforms_and_orders_cancel() {
+    let channels = SHAPE.kv_heads * SHAPE.head_dim;
+    // 128 signposts from -2 to 2: coarse ones in the high part, fine ones in the low.
+    let entries = || (0..16).map(|i| 128 * i).chain((0..8).map(|i| -8128 + 2048 * i));
+    let mut basis = vec![0.0f32; 32 * 32];
+    (0..32).for_each(|i| basis[i * 33] = 1.0);
+    for i in 0..31 {
+        let (s, c) = (0.4 + 0.3 * i as f32).sin_cos();
+        for j in 0..32 {
+            let (a, b) = (basis[i * 32 + j], basis[(i + 1) * 32 + j]);
+            (basis[i * 32 + j], basis[(i + 1) * 32 + j]) = (c * a - s * b, s * a + c * b);
+        }
+    }
+    let side = |transform: Vec<f32>| SideFit {
+        lower: vec![-2.0; channels],
+        upper: vec![2.0; channels],
+        encode: vec![],
+        decode: vec![],
+        mixed: Some(MixedFit {
+            widths: vec![7; channels / 4],
+            order: (0..channels as u16).map(|place| 31 - place % 32).collect(),
+            steps: vec![2.0 / 8128.0; channels],
+            posts: (0..channels).flat_map(|_| entries()).collect(),
+            transform,
+        }),
+    };
+    let keys = || side((0..channels / 2).map(|i| 0.7 * i as f32).collect());
+    let values = || side([basis.clone(), basis.iter().map(|x| -x).collect()].concat());
+    let n = 150;
+    let t = tokens(n);
+    let want = dense(&t[0], n);
+    for spec in ["mix7", "mix7+sink3", "mix7+sink1+recent32"] {
+        let spec: Spec = spec.parse().unwrap();
+        let mut q = quantizer(&"nuq3".parse().unwrap());
+        q.fits = vec![Fit {
+            spec: spec.clone(),
+            layers: (0..2).map(|_| LayerFit { keys: keys(), values: values() }).collect(),
+        }];
+        for (calls, prefill) in
+            [(vec![n], Prefill::Quantized), (vec![100, 1, 49], Prefill::Exact), (vec![1; n], Prefill::Quantized)]
+        {
+            let mut cache = Cache::new(SHAPE, &spec, Some(&q), rope()).unwrap();
+            let got = feed(&mut cache, &t, 0, &calls, prefill);
+            for (i, (g, w)) in got.iter().zip(&want).enumerate() {
+                assert!((f64::from(*g) - w).abs() < 0.03, "{spec} {prefill:?} token {} : {g} {w}", i / 192);
+            }
+        }
+    }
 }

@@ -24,13 +24,10 @@ struct Unit {
 
 /// Units of a side in the order of what they need, head by head.
 fn units(books: &Books) -> Vec<Unit> {
-    let together = if books.side == Side::Key { 2 } else { 1 };
     let mut units = Vec::new();
     for (head, channels) in books.channels.chunks_exact(books.head_dim).enumerate() {
-        let need = |i: usize| channels[i * together..(i + 1) * together].iter().map(|c| c.cost[2]).sum::<f64>();
-        let mut order: Vec<usize> = (0..books.head_dim / together).collect();
-        order.sort_by(|a, b| need(*b).total_cmp(&need(*a)));
-        let order: Vec<usize> = order.into_iter().flat_map(|i| i * together..(i + 1) * together).collect();
+        let mut order: Vec<usize> = (0..books.head_dim).collect();
+        order.sort_by(|a, b| channels[*b].cost[2].total_cmp(&channels[*a].cost[2]));
         for four in order.as_chunks::<UNIT_CHANNELS>().0 {
             let cost = std::array::from_fn(|b| four.iter().map(|i| channels[*i].cost[b]).sum());
             units.push(Unit { channels: four.map(|i| (head * books.head_dim + i) as u16), cost });
@@ -96,20 +93,23 @@ fn side_fit(books: &Books, units: &[Unit], widths: &[u8]) -> SideFit {
         posts: Vec::new(),
         transform: books.transform.clone(),
     };
+    let mut tops = vec![0.0f32; books.channels.len()];
+    for (unit, bits) in &sorted {
+        unit.channels.iter().for_each(|&c| tops[c as usize] = books.channels[c as usize].top(*bits));
+    }
+    if books.side == Side::Key {
+        // A rotation mixes the channels of a pair: they share a step.
+        tops.as_chunks_mut::<2>().0.iter_mut().for_each(|pair| *pair = [pair[0].max(pair[1]); 2]);
+    }
     for (unit, bits) in sorted {
-        for pair in unit.channels.as_chunks::<2>().0 {
-            let channels = pair.map(|c| &books.channels[c as usize]);
-            let tops = channels.map(|c| c.top(bits));
-            let shared = tops[0].max(tops[1]);
-            for ((c, channel), top) in pair.iter().zip(channels).zip(tops) {
-                let top = if books.side == Side::Key { shared } else { top };
-                let step = if top > 0.0 { (top / f32::from(TOP)).max(f32::MIN_POSITIVE) } else { 1.0 };
-                let posts = channel.entries(bits, step);
-                debug_assert_eq!(posts.len(), Table::entries(bits.into()));
-                fit.order.push(c % books.head_dim as u16);
-                fit.steps.push(step);
-                fit.posts.extend(posts);
-            }
+        for c in unit.channels {
+            let (channel, top) = (&books.channels[c as usize], tops[c as usize]);
+            let step = if top > 0.0 { (top / f32::from(TOP)).max(f32::MIN_POSITIVE) } else { 1.0 };
+            let posts = channel.entries(bits, step);
+            debug_assert_eq!(posts.len(), Table::entries(bits.into()));
+            fit.order.push(c % books.head_dim as u16);
+            fit.steps.push(step);
+            fit.posts.extend(posts);
         }
     }
     let lower = books.channels.iter().map(|c| c.lower).collect();

@@ -72,8 +72,7 @@ pub struct Lut {
     pub tables: Vec<Table>,
     /// `[C]`, or one; by place. Both channels of a RoPE pair share a step.
     pub steps: Vec<f32>,
-    /// The channel in its head that each place holds `[C]`; empty where they are the same. Pairs (2i, 2i + 1) of keys
-    /// stay neighbours.
+    /// The channel in its head that each place holds `[C]`; empty where they are the same.
     pub order: Vec<u16>,
 }
 

@@ -12,15 +12,14 @@ const ORTHOGONAL: f64 = 1e-3;
 
 /// Widths, signposts and the transform of one side of one layer.
 ///
-/// Places are channels in the order in which they are packed: heads stay apart, four neighbours share a width, and
-/// the pairs (2i, 2i + 1) of keys stay together.
+/// Places are channels in the order in which they are packed: heads stay apart, four neighbours share a width.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MixedFit {
     /// Bits of each unit of 4 places `[C / 4]`, 0 to 7.
     pub widths: Vec<u8>,
     /// The channel in its head that each place holds `[C]`.
     pub order: Vec<u16>,
-    /// Size of a step `[C]`, by place; the same for both channels of a pair of keys.
+    /// Size of a step `[C]`, by place; the same for both channels of a RoPE pair of keys.
     pub steps: Vec<f32>,
     /// Entries of each place's [`Table`], one place after another, in steps.
     pub posts: Vec<i16>,
@@ -56,11 +55,13 @@ impl MixedFit {
             }
         }
         if side == Side::Key {
-            if self.order.as_chunks::<2>().0.iter().any(|[a, b]| a % 2 != 0 || *b != a + 1) {
-                return wrong("the order separates a RoPE pair");
-            }
-            if self.steps.as_chunks::<2>().0.iter().any(|[a, b]| a != b) {
-                return wrong("a RoPE pair has two steps");
+            for (order, steps) in self.order.chunks_exact(head_dim).zip(self.steps.chunks_exact(head_dim)) {
+                let mut of_pair = vec![None; head_dim / 2];
+                for (&c, &step) in order.iter().zip(steps) {
+                    if *of_pair[c as usize / 2].get_or_insert(step) != step {
+                        return wrong("a RoPE pair has two steps");
+                    }
+                }
             }
         }
         if self.steps.iter().any(|s| !(s.is_finite() && *s > 0.0)) {

@@ -40,7 +40,7 @@ enum Form {
     Tile,
     /// Tables by channel, one width.
     Static(u32),
-    /// Tables by channel, widths that change from unit to unit, channels in another order (pairs stay together).
+    /// Tables by channel, widths that change from unit to unit, channels in another order.
     Mixed,
     /// One table; bits, channels of a scale group (0: the whole head), zero points
     Token(u32, usize, bool),
@@ -118,9 +118,8 @@ impl Owned {
             Form::Static(b) => o.widths = vec![b as u8; d / 4],
             Form::Mixed => {
                 o.widths = (0..d / 4).map(|_| n.below(8) as u8).collect();
-                let mut pairs: Vec<u16> = (0..d as u16 / 2).collect();
-                (1..pairs.len()).rev().for_each(|i| pairs.swap(i, n.below(i + 1)));
-                o.order = pairs.into_iter().flat_map(|p| [2 * p, 2 * p + 1]).collect();
+                o.order = (0..d as u16).collect();
+                (1..d).rev().for_each(|i| o.order.swap(i, n.below(i + 1)));
             }
             Form::Token(b, g, zero) => {
                 o.widths = vec![b as u8; d / 4];
@@ -133,12 +132,11 @@ impl Owned {
         }
         // Steps are shared by a pair; the largest value of a table is its size.
         let by_channel = o.group == 0;
+        let of_pairs: Vec<f32> = (0..d / 2)
+            .map(|_| (0.2 + 0.8 * n.unit().abs()) * if by_channel { size } else { 1.0 } / TOP as f32)
+            .collect();
         for i in 0..if by_channel { d } else { 1 } {
-            if i % 2 == 0 {
-                o.steps.push((0.2 + 0.8 * n.unit().abs()) * if by_channel { size } else { 1.0 } / TOP as f32);
-            } else {
-                o.steps.push(o.steps[i - 1]);
-            }
+            o.steps.push(of_pairs[o.order.get(i).map_or(i, |c| *c as usize) / 2]);
             let bits = o.widths[i / 4] as u32;
             let mut posts =
                 |bits: u32, top: i16| -> Vec<i16> { (0..1 << bits).map(|_| (n.unit() * top as f32) as i16).collect() };

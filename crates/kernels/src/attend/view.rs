@@ -35,7 +35,7 @@ pub struct HeadLut<'a> {
     pub widths: &'a [u8],
     /// By place `[head_dim]`; one for all where tokens have scales.
     pub tables: &'a [Table],
-    /// Likewise.
+    /// Likewise. Both channels of a pair of keys share a step.
     pub steps: &'a [f32],
     /// The channel that each place holds `[head_dim]`; empty where they are the same.
     pub order: &'a [u16],

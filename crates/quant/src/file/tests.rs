@@ -132,7 +132,6 @@ fn mixed_fits_that_contradict_themselves_are_refused() {
         assert!(e.contains(problem) && e.contains("mix2+sink1") && e.contains("layer 1"), "{e}");
     };
     refused(|m| m.widths[0] = 9, true, "ends within");
-    refused(|m| m.order.swap(0, 1), true, "separates a RoPE pair");
     refused(|m| m.order[0] = 3, false, "no permutation");
     refused(|m| m.order[0] = 4, false, "no permutation");
     refused(|m| m.steps[0] = 0.02, true, "two steps");

@@ -16,6 +16,11 @@ pub(in super::super) type Row = [f32; TOKENS];
 #[repr(C, align(64))]
 pub(in super::super) struct Line(pub [[i32; 8]; 2]);
 
+/// Signposts of a channel in the order of [`crate::rope::shuffled`].
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(in super::super) struct Signs(pub [i16; TOKENS]);
+
 /// What a thread reuses from block to block.
 #[derive(Default)]
 pub(in super::super) struct Scratch {
@@ -23,6 +28,9 @@ pub(in super::super) struct Scratch {
     pub local: Vec<f32>,
     /// Integer queries `[rows, head_dim / 2]`, a pair of 16-bit channels each.
     pub pairs: Vec<i32>,
+    /// Keys as signposts `[head_dim]`, and their steps.
+    pub signposts: Vec<Signs>,
+    pub steps: Vec<f32>,
     /// Turned keys (see [`score`]).
     pub keys: Vec<Line>,
     /// Scores, then probabilities.

@@ -1,7 +1,7 @@
 //! Scores from codes with static tables.
 //!
-//! Pass 1, once for all rows: a unit's signposts, turned by their place in the block (`vpmulhrsw`), the channels of a
-//! pair side by side. Pass 2: products with the queries' pairs (`vpmaddwd`), summed in 32 bits. Outliers, a hundredth of
+//! Pass 0, once for all rows: signposts, channel by channel, whose widths and order differ. Pass 1: turned by their place
+//! in the block (`vpmulhrsw`), the channels of a pair side by side. Pass 2: products with the queries' pairs (`vpmaddwd`), summed in 32 bits. Outliers, a hundredth of
 //! the entries, are added in f32.
 //!
 //! ```text
@@ -18,14 +18,12 @@ use kvquant_quant::TOP;
 use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::view::{CodedView, Run, TOKENS};
-use super::decode::{Line, Row, Scratch};
+use super::decode::{Line, Row, Scratch, Signs};
 use super::unpack::{self, by_width};
 use crate::rope::BlockTable;
 
 /// Rows that are multiplied at a time: their sums stay in registers.
 pub(in super::super) const ROWS: usize = 4;
-/// Channels of the widest head that a cache supports.
-const MAX_HEAD_DIM: usize = 512;
 /// Sum of the magnitudes of an integer query.
 const QUERY_SUM: f32 = (i32::MAX as f64 / (TOP as f64 * std::f64::consts::SQRT_2 + 2.0)) as f32 - 1024.0;
 
@@ -34,20 +32,23 @@ const QUERY_SUM: f32 = (i32::MAX as f64 / (TOP as f64 * std::f64::consts::SQRT_2
 pub(super) fn coded(s: &mut Scratch, d: usize, v: &CodedView<'_>, turn: Option<&BlockTable>) {
     let pairs = d / 2;
     s.keys.resize(4 * pairs, Line([[0; 8]; 2]));
+    s.signposts.resize(d, Signs([0; TOKENS]));
     for run in v.runs() {
-        match turn {
-            Some(table) => by_width!(run, turned::<_, true>(v, &run, Some(table), pairs, &mut s.keys)),
-            None => by_width!(run, turned::<_, false>(v, &run, None, pairs, &mut s.keys)),
-        }
+        by_width!(run, signposts::<_>(v, &run, &mut s.signposts));
     }
+    match turn {
+        Some(table) => turned::<true>(&s.signposts, table, pairs, &mut s.keys),
+        None => turned::<false>(&s.signposts, &BlockTable::default(), pairs, &mut s.keys),
+    }
+    steps_by_channel(v, &mut s.steps);
     s.pairs.resize(s.weights.len() * pairs, 0);
     let rows_of = s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * pairs)).zip(s.weights.chunks_mut(ROWS));
     for ((q, ints), scores) in rows_of {
         match scores.len() {
-            1 => rows::<1>(q, d, v, turn, &s.keys, ints, scores),
-            2 => rows::<2>(q, d, v, turn, &s.keys, ints, scores),
-            3 => rows::<3>(q, d, v, turn, &s.keys, ints, scores),
-            _ => rows::<4>(q, d, v, turn, &s.keys, ints, scores),
+            1 => rows::<1>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
+            2 => rows::<2>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
+            3 => rows::<3>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
+            _ => rows::<4>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
         }
     }
 }
@@ -59,40 +60,49 @@ fn sixteen(from: &[i16; 16]) -> __m256i {
     unsafe { _mm256_loadu_si256(from.as_ptr().cast()) }
 }
 
+/// Pass 0.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, rows: &mut [Signs]) {
+    let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
+    for ((u, unit), tables) in unpack::units::<B>(run).zip(tables) {
+        for i in 0..UNIT_CHANNELS {
+            let [low, high] = unpack::codes::<B>(unit);
+            let [x, y] = unpack::look_up::<B>(&tables[i], low[i], high[i]);
+            let row = rows[v.channel(u * UNIT_CHANNELS + i)].0.as_chunks_mut::<16>().0;
+            for (to, x) in row.iter_mut().zip([x[0], y[0], x[1], y[1]]) {
+                // SAFETY: 32 writable bytes; unaligned stores are allowed.
+                unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), x) };
+            }
+        }
+    }
+}
+
+/// Steps in the order of channels.
+pub(in super::super) fn steps_by_channel(v: &CodedView<'_>, steps: &mut Vec<f32>) {
+    steps.clear();
+    steps.extend_from_slice(v.lut.steps);
+    for (&c, &step) in v.lut.order.iter().zip(v.lut.steps) {
+        steps[c as usize] = step;
+    }
+}
+
 /// Pass 1.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn turned<const B: u32, const TURN: bool>(
-    v: &CodedView<'_>,
-    run: &Run<'_>,
-    table: Option<&BlockTable>,
-    pairs: usize,
-    keys: &mut [Line],
-) {
+fn turned<const TURN: bool>(rows: &[Signs], table: &BlockTable, pairs: usize, keys: &mut [Line]) {
     let (front, back) = keys.split_at_mut(2 * pairs);
     let (l0, l1) = front.split_at_mut(pairs);
     let (l2, l3) = back.split_at_mut(pairs);
-    let of_run = run.units.start * 2..run.units.end * 2;
-    let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
-    let lines = l0[of_run.clone()].as_chunks_mut::<2>().0.iter_mut().zip(l1[of_run.clone()].as_chunks_mut::<2>().0);
-    let lines = lines.zip(l2[of_run.clone()].as_chunks_mut::<2>().0).zip(l3[of_run].as_chunks_mut::<2>().0);
-    for (((u, unit), tables), (((l0, l1), l2), l3)) in unpack::units::<B>(run).zip(tables).zip(lines) {
-        for p in 0..UNIT_CHANNELS / 2 {
-            let [low, high] = unpack::codes::<B>(unit);
-            let [mut x0, mut x1] = unpack::look_up::<B>(&tables[2 * p], low[2 * p], high[2 * p]);
-            let [mut y0, mut y1] = unpack::look_up::<B>(&tables[2 * p + 1], low[2 * p + 1], high[2 * p + 1]);
-            if TURN && let Some(table) = table {
-                let c = v.channel(u * UNIT_CHANNELS + 2 * p) / 2;
+    let lines = l0.iter_mut().zip(l1).zip(l2).zip(l3);
+    for (c, ([x, y], (((l0, l1), l2), l3))) in rows.as_chunks::<2>().0.iter().zip(lines).enumerate() {
+        let (x, y) = (x.0.as_chunks::<16>().0, y.0.as_chunks::<16>().0);
+        // Halves of the tokens, then of each of their 16: the lines' order.
+        for (i, line) in [(0, l0), (2, l1), (1, l2), (3, l3)] {
+            let (mut a, mut b) = (sixteen(&x[i]), sixteen(&y[i]));
+            if TURN {
                 let (cos, sin) = (table.cos16[c].as_chunks::<16>().0, table.sin16[c].as_chunks::<16>().0);
-                let at = |i: usize| (sixteen(&cos[i]), sixteen(&sin[i]));
-                (x0[0], y0[0]) = rotate(x0[0], y0[0], at(0));
-                (x1[0], y1[0]) = rotate(x1[0], y1[0], at(1));
-                (x0[1], y0[1]) = rotate(x0[1], y0[1], at(2));
-                (x1[1], y1[1]) = rotate(x1[1], y1[1], at(3));
+                (a, b) = rotate(a, b, (sixteen(&cos[i]), sixteen(&sin[i])));
             }
-            store(x0[0], y0[0], &mut l0[p]);
-            store(x0[1], y0[1], &mut l1[p]);
-            store(x1[0], y1[0], &mut l2[p]);
-            store(x1[1], y1[1], &mut l3[p]);
+            store(a, b, line);
         }
     }
 }
@@ -116,21 +126,12 @@ fn store(x: __m256i, y: __m256i, Line([first, second]): &mut Line) {
     }
 }
 
-/// An integer query: each channel, in the order of places, times its step, scaled by the inverse of the returned
+/// An integer query: each channel times its step, scaled by the inverse of the returned
 /// factor and rounded.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) fn integers(q: &[f32], v: &CodedView<'_>, ints: &mut [i32]) -> f32 {
-    let mut ordered = [0.0f32; MAX_HEAD_DIM];
-    let q = if v.lut.order.is_empty() {
-        q
-    } else {
-        for (to, c) in ordered.iter_mut().zip(v.lut.order) {
-            *to = q[*c as usize];
-        }
-        &ordered[..q.len()]
-    };
-    let both = || q.as_chunks::<UNIT_CHANNELS>().0.iter().zip(v.lut.steps.as_chunks::<UNIT_CHANNELS>().0);
+pub(in super::super) fn integers(q: &[f32], steps: &[f32], ints: &mut [i32]) -> f32 {
+    let both = || q.as_chunks::<UNIT_CHANNELS>().0.iter().zip(steps.as_chunks::<UNIT_CHANNELS>().0);
     let stepped = |(q, step): (&[f32; UNIT_CHANNELS], &[f32; UNIT_CHANNELS])| {
         // SAFETY: 4 readable floats each; unaligned loads are allowed.
         unsafe { _mm_mul_ps(_mm_loadu_ps(q.as_ptr()), _mm_loadu_ps(step.as_ptr())) }
@@ -164,6 +165,7 @@ fn rows<const R: usize>(
     q: &[f32],
     d: usize,
     v: &CodedView<'_>,
+    steps: &[f32],
     turn: Option<&BlockTable>,
     keys: &[Line],
     ints: &mut [i32],
@@ -173,7 +175,7 @@ fn rows<const R: usize>(
     let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
     let mut factors = [0.0; R];
     for ((q, ints), factor) in q.chunks_exact(d).zip(ints.chunks_exact_mut(pairs)).zip(&mut factors) {
-        *factor = integers(q, v, ints);
+        *factor = integers(q, steps, ints);
     }
     let queries: [&[i32]; R] = std::array::from_fn(|r| &ints[r * pairs..(r + 1) * pairs]);
     for (l, lines) in keys.chunks_exact(pairs).enumerate() {
@@ -217,8 +219,8 @@ pub(in super::super) fn outliers<const R: usize>(
         for (&place, &residual) in places.iter().zip(residuals) {
             let residual = unpack::half(u16::from_le_bytes(residual));
             let (t, i) = (place as usize % TOKENS, place as usize / TOKENS);
-            let pair = v.channel(u * UNIT_CHANNELS + i) / 2;
-            let odd = i % 2;
+            let c = v.channel(u * UNIT_CHANNELS + i);
+            let (pair, odd) = (c / 2, c % 2);
             let (a, b) = match turn {
                 Some(table) => {
                     let turns = table.turns[pair].as_flattened();

@@ -9,10 +9,10 @@ use std::arch::x86_64::*;
 
 use kvquant_quant::pack::UNIT_CHANNELS;
 
-use super::super::avx2::decode::{Line, Row, Scratch};
-use super::super::avx2::score::{ROWS, integers, outliers};
+use super::super::avx2::decode::{Line, Row, Scratch, Signs};
+use super::super::avx2::score::{ROWS, integers, outliers, steps_by_channel};
 use super::super::avx2::unpack::{by_width, units};
-use super::super::view::{CodedView, Run};
+use super::super::view::{CodedView, Run, TOKENS};
 use super::unpack;
 use crate::rope::BlockTable;
 
@@ -21,20 +21,23 @@ use crate::rope::BlockTable;
 pub(in super::super) fn coded(s: &mut Scratch, d: usize, v: &CodedView<'_>, turn: Option<&BlockTable>) {
     let pairs = d / 2;
     s.keys.resize(4 * pairs, Line([[0; 8]; 2]));
+    s.signposts.resize(d, Signs([0; TOKENS]));
     for run in v.runs() {
-        match turn {
-            Some(table) => by_width!(run, turned::<_, true>(v, &run, Some(table), pairs, &mut s.keys)),
-            None => by_width!(run, turned::<_, false>(v, &run, None, pairs, &mut s.keys)),
-        }
+        by_width!(run, signposts::<_>(v, &run, &mut s.signposts));
     }
+    match turn {
+        Some(table) => turned::<true>(&s.signposts, table, pairs, &mut s.keys),
+        None => turned::<false>(&s.signposts, &BlockTable::default(), pairs, &mut s.keys),
+    }
+    steps_by_channel(v, &mut s.steps);
     s.pairs.resize(s.weights.len() * pairs, 0);
     let rows_of = s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * pairs)).zip(s.weights.chunks_mut(ROWS));
     for ((q, ints), scores) in rows_of {
         match scores.len() {
-            1 => rows::<1>(q, d, v, turn, &s.keys, ints, scores),
-            2 => rows::<2>(q, d, v, turn, &s.keys, ints, scores),
-            3 => rows::<3>(q, d, v, turn, &s.keys, ints, scores),
-            _ => rows::<4>(q, d, v, turn, &s.keys, ints, scores),
+            1 => rows::<1>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
+            2 => rows::<2>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
+            3 => rows::<3>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
+            _ => rows::<4>(q, d, v, &s.steps, turn, &s.keys, ints, scores),
         }
     }
 }
@@ -53,37 +56,39 @@ fn store(x: __m512i, to: &mut Line) {
     unsafe { _mm512_storeu_si512(to.0.as_mut_ptr().cast(), x) }
 }
 
-/// Pass 1: signposts, turned, the channels of a pair side by side.
+/// Pass 0: signposts.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn turned<const B: u32, const TURN: bool>(
-    v: &CodedView<'_>,
-    run: &Run<'_>,
-    table: Option<&BlockTable>,
-    pairs: usize,
-    keys: &mut [Line],
-) {
+fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, rows: &mut [Signs]) {
+    let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
+    for ((u, unit), tables) in units::<B>(run).zip(tables) {
+        let [low, high] = unpack::codes::<B>(unit);
+        for i in 0..UNIT_CHANNELS {
+            let row = rows[v.channel(u * UNIT_CHANNELS + i)].0.as_chunks_mut::<32>().0;
+            for (to, x) in row.iter_mut().zip(unpack::look_up::<B>(&tables[i], low[i], high[i])) {
+                // SAFETY: 64 writable bytes; unaligned stores are allowed.
+                unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) };
+            }
+        }
+    }
+}
+
+/// Pass 1: turned, the channels of a pair side by side.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn turned<const TURN: bool>(rows: &[Signs], table: &BlockTable, pairs: usize, keys: &mut [Line]) {
     let (front, back) = keys.split_at_mut(2 * pairs);
     let (l0, l1) = front.split_at_mut(pairs);
     let (l2, l3) = back.split_at_mut(pairs);
-    let of_run = run.units.start * 2..run.units.end * 2;
-    let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
-    let lines = l0[of_run.clone()].as_chunks_mut::<2>().0.iter_mut().zip(l1[of_run.clone()].as_chunks_mut::<2>().0);
-    let lines = lines.zip(l2[of_run.clone()].as_chunks_mut::<2>().0).zip(l3[of_run].as_chunks_mut::<2>().0);
-    for (((u, unit), tables), (((l0, l1), l2), l3)) in units::<B>(run).zip(tables).zip(lines) {
-        let [low, high] = unpack::codes::<B>(unit);
-        for p in 0..UNIT_CHANNELS / 2 {
-            let [mut x0, mut x1] = unpack::look_up::<B>(&tables[2 * p], low[2 * p], high[2 * p]);
-            let [mut y0, mut y1] = unpack::look_up::<B>(&tables[2 * p + 1], low[2 * p + 1], high[2 * p + 1]);
-            if TURN && let Some(table) = table {
-                let c = v.channel(u * UNIT_CHANNELS + 2 * p) / 2;
+    let lines = l0.iter_mut().zip(l1).zip(l2).zip(l3);
+    for (c, ([x, y], (((l0, l1), l2), l3))) in rows.as_chunks::<2>().0.iter().zip(lines).enumerate() {
+        let (x, y) = (x.0.as_chunks::<32>().0, y.0.as_chunks::<32>().0);
+        for (i, (first, second)) in [(l0, l1), (l2, l3)].into_iter().enumerate() {
+            let (mut a, mut b) = (load(&x[i]), load(&y[i]));
+            if TURN {
                 let (cos, sin) = (table.cos16[c].as_chunks::<32>().0, table.sin16[c].as_chunks::<32>().0);
-                (x0, y0) = rotate(x0, y0, load(&cos[0]), load(&sin[0]));
-                (x1, y1) = rotate(x1, y1, load(&cos[1]), load(&sin[1]));
+                (a, b) = rotate(a, b, load(&cos[i]), load(&sin[i]));
             }
-            store(_mm512_unpacklo_epi16(x0, y0), &mut l0[p]);
-            store(_mm512_unpackhi_epi16(x0, y0), &mut l1[p]);
-            store(_mm512_unpacklo_epi16(x1, y1), &mut l2[p]);
-            store(_mm512_unpackhi_epi16(x1, y1), &mut l3[p]);
+            store(_mm512_unpacklo_epi16(a, b), first);
+            store(_mm512_unpackhi_epi16(a, b), second);
         }
     }
 }
@@ -103,6 +108,7 @@ fn rows<const R: usize>(
     q: &[f32],
     d: usize,
     v: &CodedView<'_>,
+    steps: &[f32],
     turn: Option<&BlockTable>,
     keys: &[Line],
     ints: &mut [i32],
@@ -112,7 +118,7 @@ fn rows<const R: usize>(
     let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
     let mut factors = [0.0; R];
     for ((q, ints), factor) in q.chunks_exact(d).zip(ints.chunks_exact_mut(pairs)).zip(&mut factors) {
-        *factor = integers(q, v, ints);
+        *factor = integers(q, steps, ints);
     }
     let queries: [&[i32]; R] = std::array::from_fn(|r| &ints[r * pairs..(r + 1) * pairs]);
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
