@@ -75,6 +75,13 @@ impl Layer {
         (self.sink, self.dropped, self.blocks, self.len) = (sink, dropped, blocks, len);
     }
 
+    /// Whether quantized blocks come before exact ones, as sealing leaves them, and an open block is one that takes
+    /// tokens.
+    pub fn is_sealed_in_order(&self) -> bool {
+        let exact = |b: &Arc<Block>| self.codec.is_some() && matches!(**b, Block::Rows(_));
+        self.blocks.is_sorted_by_key(exact)
+    }
+
     pub fn len(&self) -> usize {
         self.len
     }

@@ -32,6 +32,20 @@ impl Segment {
         self.bytes
     }
 
+    pub(crate) fn of_sinks(rows: Vec<Rows>) -> Self {
+        let bytes = rows.iter().map(Rows::bytes).sum();
+        Segment { parts: Parts::Sinks(rows.into()), bytes }
+    }
+
+    /// A segment of blocks, one a layer; `None` where one of them is not final.
+    pub(crate) fn of_blocks(empty: &Cache, blocks: Vec<Block>) -> Option<Self> {
+        if blocks.len() != empty.layers.len() || blocks.iter().any(|b| matches!(b, Block::Rows(_))) {
+            return None;
+        }
+        let bytes = blocks.iter().zip(&empty.layers).map(|(b, l)| b.bytes(&l.context()).total()).sum();
+        Some(Segment { parts: Parts::Blocks(blocks.into_iter().map(Arc::new).collect()), bytes })
+    }
+
     /// How many hold it at most, over all layers, whoever keeps it among them.
     pub fn holders(&self) -> usize {
         match &self.parts {
@@ -62,8 +76,7 @@ impl Cache {
         let Some(block) = i.checked_sub(1) else {
             let all: Vec<Rows> = self.layers.iter().map(|l| l.sink().clone()).collect();
             let held = |r: &Rows| r.len(self.shape.channels()) == self.sinks;
-            let bytes = all.iter().map(Rows::bytes).sum();
-            return all.iter().all(held).then(|| Segment { parts: Parts::Sinks(all.into()), bytes });
+            return all.iter().all(held).then(|| Segment::of_sinks(all));
         };
         let mut bytes = 0;
         let blocks = self.layers.iter().map(|l| {
