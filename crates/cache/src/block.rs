@@ -48,6 +48,16 @@ impl Rows {
         Rows { k: Vec::with_capacity(tokens * channels), v: Vec::with_capacity(tokens * channels) }
     }
 
+    /// Keys and values as stored.
+    pub fn halves(&self) -> (&[u16], &[u16]) {
+        (&self.k, &self.v)
+    }
+
+    /// Rows of keys and values of the same length.
+    pub fn from_halves(k: Vec<u16>, v: Vec<u16>) -> Self {
+        Rows { k, v }
+    }
+
     pub fn len(&self, channels: usize) -> usize {
         self.v.len() / channels
     }
@@ -99,6 +109,16 @@ impl Rows {
 }
 
 impl Tile {
+    /// Keys and values as stored.
+    pub fn halves(&self) -> (&[u16], &[u16]) {
+        (&self.k, &self.v)
+    }
+
+    /// A tile of keys and values, each `[kv_heads, head_dim, 64]`.
+    pub fn from_halves(k: Vec<u16>, v: Vec<u16>) -> Self {
+        Tile { k: k.into(), v: v.into() }
+    }
+
     fn into_rows(self, channels: usize) -> Rows {
         let turn = |tile: &[u16]| {
             (0..BLOCK_TOKENS).flat_map(|t| (0..channels).map(move |c| tile[c * BLOCK_TOKENS + t])).collect()

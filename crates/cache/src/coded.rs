@@ -118,6 +118,11 @@ impl Layout {
         let words = (places[1].counts.end + 1).div_ceil(4);
         Layout { key, value, places, words }
     }
+
+    /// Bytes of a block without its outliers.
+    pub fn fixed_bytes(&self) -> usize {
+        4 * self.words
+    }
 }
 
 /// Up to 64 tokens of keys and values as codes.
@@ -148,6 +153,37 @@ const GROW_OUTLIERS: usize = 32;
 impl CodedBlock {
     pub fn new(layout: &Layout) -> Self {
         CodedBlock { fixed: vec![0; layout.words].into(), outliers: Vec::new() }
+    }
+
+    /// What is stored: the fixed part, and the outliers.
+    pub fn parts(&self) -> (&[u32], &[u8]) {
+        (&self.fixed, &self.outliers)
+    }
+
+    /// A block of `len` tokens from the bytes of its [`parts`](CodedBlock::parts), with all checked that a damaged one
+    /// could get wrong.
+    pub fn from_parts(layout: &Layout, bytes: &[u8], len: usize) -> Result<Self, &'static str> {
+        let (fixed, outliers) = bytes.split_at_checked(4 * layout.words).ok_or("it is of another shape")?;
+        let fixed = fixed.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+        let block = CodedBlock { fixed, outliers: outliers.to_vec() };
+        let counts = layout.places[0].counts.start..layout.places[1].counts.end;
+        let n: usize = block.bytes_of()[counts].iter().map(|&c| c as usize).sum();
+        if block.len() != len {
+            return Err("it holds another number of tokens");
+        }
+        if outliers.len() != OUTLIER * n {
+            return Err("it holds another number of outliers");
+        }
+        let (places, residuals) = outliers.split_at(n);
+        if places.iter().any(|&p| p as usize % BLOCK_TOKENS >= len) {
+            return Err("an outlier is behind its end");
+        }
+        let finite = |half: u16| half & 0x7c00 != 0x7c00;
+        let scales = layout.places.iter().flat_map(|p| &block.halves()[p.scales.clone()]);
+        if !scales.copied().all(finite) || !residuals.as_chunks().0.iter().all(|b| finite(u16::from_le_bytes(*b))) {
+            return Err("it holds a number that is not finite");
+        }
+        Ok(block)
     }
 
     pub fn len(&self) -> usize {

@@ -1,5 +1,7 @@
 //! One layer's history: sink rows, then blocks.
 
+use std::sync::Arc;
+
 use kvquant_quant::TokenCodes;
 use kvquant_quant::pack::BLOCK_TOKENS;
 
@@ -17,9 +19,10 @@ pub(crate) struct Codec {
     pub layout: Layout,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Layer {
-    codec: Option<Codec>,
+    /// Shared by all caches of a model and spec.
+    codec: Option<Arc<Codec>>,
     channels: usize,
     head_dim: usize,
     sinks: usize,
@@ -29,7 +32,8 @@ pub(crate) struct Layer {
     sink: Rows,
     /// Blocks that were let go at the front.
     dropped: usize,
-    blocks: Vec<Block>,
+    /// Shared with other sequences and with a store of prefixes: one that is written to is copied first.
+    blocks: Vec<Arc<Block>>,
     len: usize,
     key_codes: TokenCodes,
     value_codes: TokenCodes,
@@ -37,7 +41,7 @@ pub(crate) struct Layer {
 
 impl Layer {
     pub fn new(
-        codec: Option<Codec>,
+        codec: Option<Arc<Codec>>,
         channels: usize,
         head_dim: usize,
         sinks: usize,
@@ -60,6 +64,24 @@ impl Layer {
         }
     }
 
+    /// An empty layer of the same kind.
+    pub fn fresh(&self) -> Self {
+        let codec = self.codec.clone();
+        Layer::new(codec, self.channels, self.head_dim, self.sinks, self.recent, self.window)
+    }
+
+    /// Takes over a history of `len` tokens, which ends with a block.
+    pub fn resume(&mut self, sink: Rows, dropped: usize, blocks: Vec<Arc<Block>>, len: usize) {
+        (self.sink, self.dropped, self.blocks, self.len) = (sink, dropped, blocks, len);
+    }
+
+    /// Whether quantized blocks come before exact ones, as sealing leaves them, and an open block is one that takes
+    /// tokens.
+    pub fn is_sealed_in_order(&self) -> bool {
+        let exact = |b: &Arc<Block>| self.codec.is_some() && matches!(**b, Block::Rows(_));
+        self.blocks.is_sorted_by_key(exact)
+    }
+
     pub fn len(&self) -> usize {
         self.len
     }
@@ -69,7 +91,7 @@ impl Layer {
     }
 
     /// Those that are kept, the first of them after [`dropped`](Layer::dropped) others.
-    pub fn blocks(&self) -> &[Block] {
+    pub fn blocks(&self) -> &[Arc<Block>] {
         &self.blocks
     }
 
@@ -150,12 +172,13 @@ impl Layer {
             if self.blocks.len() == self.blocks.capacity() {
                 self.blocks.reserve_exact(GROW_BLOCKS);
             }
-            self.blocks.push(match &self.codec {
+            self.blocks.push(Arc::new(match &self.codec {
                 Some(codec) if self.recent == 0 => Block::Coded(CodedBlock::new(&codec.layout)),
                 _ => Block::Rows(Rows::with_room(BLOCK_TOKENS, self.channels).into()),
-            });
+            }));
         }
-        let pushed = match (self.blocks.last_mut().expect("a block was opened above"), &self.codec) {
+        let open = Arc::make_mut(self.blocks.last_mut().expect("a block was opened above"));
+        let pushed = match (open, &self.codec) {
             (Block::Coded(block), Some(codec)) => quantize(codec, k, v, &mut self.key_codes, &mut self.value_codes)
                 .map(|()| {
                     block.push(&codec.layout, &self.key_codes, &self.value_codes);
@@ -171,7 +194,7 @@ impl Layer {
         }
         self.len += 1;
         if self.codec.is_none() && (self.len - self.sinks).is_multiple_of(BLOCK_TOKENS) {
-            let last = self.blocks.last_mut().expect("a block was filled above");
+            let last = Arc::make_mut(self.blocks.last_mut().expect("a block was filled above"));
             if let Block::Rows(rows) = std::mem::replace(last, Block::Rows(Box::default())) {
                 *last = Block::Tile(rows.into_tile(self.channels));
             }
@@ -188,16 +211,16 @@ impl Layer {
         let left = (position + 1 - self.recent - self.sinks) / BLOCK_TOKENS;
         let (mut k, mut v) = (vec![0.0; self.channels], vec![0.0; self.channels]);
         // Sealed blocks are a prefix: look only behind the last of them.
-        let from = self.blocks.iter().rposition(|b| matches!(b, Block::Coded(_))).map_or(0, |i| i + 1);
+        let from = self.blocks.iter().rposition(|b| matches!(**b, Block::Coded(_))).map_or(0, |i| i + 1);
         for block in self.blocks.iter_mut().take(left.saturating_sub(self.dropped)).skip(from) {
-            let Block::Rows(rows) = block else { continue };
+            let Block::Rows(rows) = &**block else { continue };
             let mut coded = CodedBlock::new(&codec.layout);
             for t in 0..rows.len(self.channels) {
                 rows.token(t, self.channels, &mut k, &mut v);
                 quantize(codec, &k, &v, &mut self.key_codes, &mut self.value_codes)?;
                 coded.push(&codec.layout, &self.key_codes, &self.value_codes);
             }
-            *block = Block::Coded(coded);
+            *block = Arc::new(Block::Coded(coded));
         }
         Ok(())
     }
@@ -220,7 +243,7 @@ impl Layer {
                 codec: self.codec.as_ref().map(|c| (&c.layout, &c.quantizers)),
             };
             if let Some(last) = self.blocks.last_mut() {
-                last.truncate(&cx, kept % BLOCK_TOKENS, self.recent > 0)?;
+                Arc::make_mut(last).truncate(&cx, kept % BLOCK_TOKENS, self.recent > 0)?;
             }
         }
         Ok(())
@@ -231,8 +254,39 @@ impl Layer {
         for block in &self.blocks {
             all += block.bytes(&self.context());
         }
-        all.index += self.blocks.capacity() * size_of::<Block>();
+        // A block's header lies beside the two counts of its Arc.
+        let header = size_of::<Block>() + 2 * size_of::<usize>();
+        all.index += self.blocks.capacity() * size_of::<Arc<Block>>() + self.blocks.len() * header;
         all
+    }
+
+    /// Bytes that `tokens` tokens take, about; outliers a quarter above the share that the spec asks for.
+    pub fn bytes_for(&self, tokens: usize, outlier_share: f64) -> usize {
+        let header = size_of::<Arc<Block>>() + size_of::<Block>() + 2 * size_of::<usize>();
+        let rows = |n: usize| 4 * n * self.channels;
+        // A window keeps a block more than it sees, and the open one.
+        let kept = self.window.map_or(tokens, |w| tokens.min(w.saturating_add(3 * BLOCK_TOKENS)));
+        let blocks = kept.saturating_sub(self.sinks).div_ceil(BLOCK_TOKENS);
+        let exact = if self.recent > 0 { (self.recent.div_ceil(BLOCK_TOKENS) + 1).min(blocks) } else { 0 };
+        let block = match &self.codec {
+            None => rows(BLOCK_TOKENS),
+            Some(codec) => {
+                let elements = (2 * self.channels * BLOCK_TOKENS) as f64;
+                codec.layout.fixed_bytes() + (elements * outlier_share * 1.25 * 3.0) as usize
+            }
+        };
+        rows(self.sinks.min(tokens)) + (blocks - exact) * block + exact * rows(BLOCK_TOKENS) + blocks * header
+    }
+
+    /// How many hold each block that is kept.
+    pub fn holders(&self) -> impl Iterator<Item = usize> {
+        self.blocks.iter().map(Arc::strong_count)
+    }
+
+    /// Bytes of the blocks that others hold as well.
+    pub fn shared_bytes(&self) -> usize {
+        let shared = self.blocks.iter().filter(|b| Arc::strong_count(b) > 1);
+        shared.map(|b| b.bytes(&self.context()).total()).sum()
     }
 }
 

@@ -13,6 +13,11 @@
 //! A layer that attends to a window only lets whole blocks fall off its front once no query can see them (`trim`, at the
 //! end of a forward pass); its sinks go with them. `edge` attends to the block in which a window begins.
 //!
+//! Blocks are reference counted: `sharing` lets sequences with a common beginning hold the same ones, and the block that
+//! a sequence writes to is copied first when others hold it.
+//!
+//! `session` stores a cache as a file, blocks as they are.
+//!
 //! `attend` is the way from the model to the kernels: it turns queries to their positions, splits the work over
 //! KV heads, query rows and runs of blocks, and merges the partial states.
 
@@ -24,9 +29,13 @@ mod edge;
 mod error;
 mod layer;
 mod sequence;
+mod session;
+mod sharing;
 mod transform;
 mod turns;
 
 pub use bytes::Bytes;
 pub use error::CacheError;
 pub use sequence::{Cache, CacheShape, LayerAttention, Prefill};
+pub use session::{SessionError, SessionFile, SessionIdentity, SessionInfo, save_session};
+pub use sharing::Segment;

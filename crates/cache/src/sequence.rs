@@ -61,19 +61,19 @@ pub enum Prefill {
 /// [`rollback`](Cache::rollback) undoes one that failed on the way.
 #[derive(Debug)]
 pub struct Cache {
-    shape: CacheShape,
-    spec: Spec,
+    pub(crate) shape: CacheShape,
+    pub(crate) spec: Spec,
     kernels: Kernels,
     pre_rope: bool,
-    sinks: usize,
-    layers: Vec<Layer>,
+    pub(crate) sinks: usize,
+    pub(crate) layers: Vec<Layer>,
     /// Where widths are mixed: one a layer.
-    transforms: Vec<Transform>,
+    transforms: Arc<[Transform]>,
     /// One entry for each rope.
     turns: Vec<Turns>,
     /// Which of them a layer uses.
     turns_of: Vec<usize>,
-    len: usize,
+    pub(crate) len: usize,
 }
 
 impl Cache {
@@ -144,7 +144,7 @@ impl Cache {
                         };
                         let quantizers = Quantizers { key: side(Side::Key)?, value: side(Side::Value)? };
                         let layout = Layout::new(&quantizers, channels, shape.head_dim);
-                        Some(Codec { quantizers, layout })
+                        Some(Arc::new(Codec { quantizers, layout }))
                     }
                 };
                 Ok(Layer::new(codec, channels, shape.head_dim, spec.sinks(), spec.recent(), window))
@@ -162,6 +162,24 @@ impl Cache {
             turns_of,
             len: 0,
         })
+    }
+
+    /// The same kind of cache over other layers, which hold `len` tokens. Quantizers are shared, not built again.
+    pub(crate) fn over(&self, layers: Vec<Layer>, len: usize) -> Cache {
+        let mut cache = Cache {
+            shape: self.shape,
+            spec: self.spec.clone(),
+            kernels: self.kernels,
+            pre_rope: self.pre_rope,
+            sinks: self.sinks,
+            layers,
+            transforms: self.transforms.clone(),
+            turns: self.turns.iter().map(|t| Turns::new(t.rope.clone())).collect(),
+            turns_of: self.turns_of.clone(),
+            len,
+        };
+        cache.trim_turns();
+        cache
     }
 
     /// Attends with other kernels than those that were found; for comparing them.
@@ -329,7 +347,7 @@ impl Cache {
     }
 
     /// Keeps the rotations of the blocks that layers hold.
-    fn trim_turns(&mut self) {
+    pub(crate) fn trim_turns(&mut self) {
         let end = self.len.saturating_sub(self.sinks).div_ceil(BLOCK_TOKENS);
         for (i, turns) in self.turns.iter_mut().enumerate() {
             let of = self.layers.iter().zip(&self.turns_of).filter(|(_, t)| **t == i);

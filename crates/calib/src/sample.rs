@@ -53,7 +53,14 @@ pub fn sample_windows_from(
     let mut caches = (0..windows).map(|_| model.new_cache(&Spec::Fp16, None)).collect::<Result<Vec<Cache>, _>>()?;
     let mut samplers = (0..windows)
         .map(|_| {
-            Sampler::new(SamplingParams { temperature: 1.0, top_k: 0, top_p: TOP_P, min_p: 0.0, seed: rng.random() })
+            Sampler::new(SamplingParams {
+                temperature: 1.0,
+                top_k: 0,
+                top_p: TOP_P,
+                min_p: 0.0,
+                seed: rng.random(),
+                ..Default::default()
+            })
         })
         .collect::<Result<Vec<_>, _>>()?;
     let mut ids: Vec<Vec<u32>> = (0..windows)

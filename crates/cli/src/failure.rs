@@ -13,6 +13,7 @@ use kvquant_model::source::SourceError;
 use kvquant_model::template::TemplateError;
 use kvquant_model::tokenizer::TokenizerError;
 use kvquant_quant::{FileError, SpecError};
+use kvquant_server::ServeError;
 
 /// Input that the user must change.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +51,7 @@ pub fn is_input(e: &Error) -> bool {
             || c.is::<DispatchError>()
             || matches!(c.downcast_ref(), Some(PullError::Unknown { .. } | PullError::NoHub { .. }))
             || matches!(c.downcast_ref(), Some(SamplingError::Parameter { .. }))
+            || matches!(c.downcast_ref(), Some(ServeError::Listen { .. } | ServeError::Origin(_)))
             || c.downcast_ref().is_some_and(file)
             || c.downcast_ref().is_some_and(forward)
             || matches!(c.downcast_ref(), Some(CalibError::Forward(f)) if forward(f))

@@ -101,6 +101,7 @@ impl Common {
             top_p: self.top_p,
             min_p: self.min_p,
             seed: self.seed,
+            ..SamplingParams::default()
         })?;
         let loaded = models::load(&self.model, self.ctx)?;
         let quantizer = quantizers::find(self.quantizer.as_deref(), &loaded.model, &[&spec])?;

@@ -13,6 +13,7 @@ mod output;
 mod progress;
 mod pull;
 mod quantizers;
+mod serve;
 
 use std::process::ExitCode;
 
@@ -51,6 +52,8 @@ enum Command {
     Generate(generate::Args),
     /// Talk with a model
     Chat(chat::Args),
+    /// Serve a model over HTTP, as OpenAI's API
+    Serve(serve::Args),
     /// Measure the quality of caches on a text against an fp16 cache
     Eval(eval::Args),
     /// Measure the method part by part (the paper's ablations) and write a report
@@ -63,6 +66,10 @@ fn run(cli: Cli) -> Result<()> {
     kvquant_kernels::dispatch::isa()?;
     if let Some(n) = cli.threads {
         rayon::ThreadPoolBuilder::new().num_threads(n.get()).build_global()?;
+    }
+    if let Command::Serve(args) = cli.command {
+        // Its engine enters the pool by itself.
+        return serve::run(args);
     }
     // From within the pool, a parallel region starts at once; from outside it costs two context switches.
     rayon::scope(|_| command(cli.command))
@@ -77,6 +84,7 @@ fn command(command: Command) -> Result<()> {
         Command::Generate(a) => generate::run(a),
         Command::Chat(a) => chat::run(a),
         Command::Eval(a) => eval::run(a),
+        Command::Serve(a) => serve::run(a),
         Command::Ablate(a) => ablate::run(a),
     }
 }

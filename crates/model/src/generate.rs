@@ -6,6 +6,7 @@ use kvquant_cache::{Cache, Prefill};
 
 use crate::forward::{ForwardError, Logits, Model, Step};
 use crate::sampling::Sampler;
+use crate::stream::TextStream;
 use crate::tokenizer::Tokenizer;
 
 /// Why an answer ended.
@@ -82,49 +83,6 @@ pub enum Event<'a> {
     Text(&'a str),
 }
 
-/// Bytes to text: holds back an unfinished character and what may become a stop string.
-struct Stream<'a> {
-    stop: &'a [String],
-    bytes: Vec<u8>,
-    text: String,
-    sent: usize,
-}
-
-impl Stream<'_> {
-    /// Adds a token's bytes; returns whether a stop string is complete.
-    fn push(&mut self, bytes: &[u8]) -> bool {
-        self.bytes.extend_from_slice(bytes);
-        let whole = match std::str::from_utf8(&self.bytes) {
-            Ok(_) => self.bytes.len(),
-            Err(e) if e.error_len().is_none() => e.valid_up_to(),
-            // Bytes that can't become a character are replaced.
-            Err(_) => self.bytes.len(),
-        };
-        let fresh: Vec<u8> = self.bytes.drain(..whole).collect();
-        self.text.push_str(&String::from_utf8_lossy(&fresh));
-        let end =
-            self.stop.iter().filter(|s| !s.is_empty()).filter_map(|s| self.text[self.sent..].find(s.as_str())).min();
-        if let Some(end) = end {
-            self.text.truncate(self.sent + end);
-        }
-        end.is_some()
-    }
-
-    /// Text that is ready to be shown.
-    fn ready(&mut self, all: bool) -> &str {
-        let held = if all {
-            0
-        } else {
-            let tail = &self.text[self.sent..];
-            let starts = |s: &String| (1..s.len()).rev().find(|&n| s.is_char_boundary(n) && tail.ends_with(&s[..n]));
-            self.stop.iter().filter_map(starts).max().unwrap_or(0)
-        };
-        let (from, to) = (self.sent, self.text.len() - held);
-        self.sent = to.max(from);
-        &self.text[from..self.sent]
-    }
-}
-
 /// Runs `prompt` after what `cache` holds and generates an answer. `on_event` returns false to cancel; the answer so
 /// far is returned then.
 ///
@@ -169,7 +127,7 @@ pub fn generate(
     }
     outcome.prefill_seconds = start.elapsed().as_secs_f64();
     let start = Instant::now();
-    let mut stream = Stream { stop: &options.stop, bytes: Vec::new(), text: String::new(), sent: 0 };
+    let mut stream = TextStream::new(options.stop.clone());
     outcome.stop = loop {
         if outcome.tokens.len() == options.max_tokens {
             break StopReason::MaxTokens;
@@ -199,40 +157,6 @@ pub fn generate(
         on_event(Event::Text(rest));
     }
     outcome.decode_seconds = start.elapsed().as_secs_f64();
-    outcome.text = stream.text;
+    outcome.text = stream.into_text();
     Ok(outcome)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn run(stop: &[&str], pieces: &[&[u8]]) -> (String, Vec<String>, bool) {
-        let stop: Vec<String> = stop.iter().map(|s| s.to_string()).collect();
-        let mut s = Stream { stop: &stop, bytes: vec![], text: String::new(), sent: 0 };
-        let mut shown = vec![];
-        let mut stopped = false;
-        for p in pieces {
-            stopped = s.push(p);
-            if stopped {
-                break;
-            }
-            shown.push(s.ready(false).to_string());
-        }
-        shown.push(s.ready(true).to_string());
-        (s.text, shown, stopped)
-    }
-
-    #[test]
-    fn characters_come_whole_and_stop_strings_never_show() {
-        let (text, shown, _) = run(&[], &[&[0xF0, 0x9F], &[0x99], &[0x82], b"!"]);
-        assert_eq!((text.as_str(), shown), ("🙂!", vec!["".into(), "".into(), "🙂".into(), "!".into(), "".into()]));
-        let (text, shown, stopped) = run(&["END", "E!"], &[b"a E", b"N", b"x E", b"ND z"]);
-        assert!(stopped);
-        assert_eq!(text, "a ENx ");
-        assert_eq!(shown.concat(), "a ENx ");
-        assert_eq!(shown[0], "a ");
-        let (text, _, _) = run(&[], &[&[0xFF], b"a"]);
-        assert_eq!(text, "\u{FFFD}a");
-    }
 }

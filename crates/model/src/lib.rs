@@ -6,6 +6,7 @@
 //! tokenizer  text <-> ids                                template   chat messages -> prompt text
 //! load       files -> Model                              forward    ids -> logits, filling a cache
 //! sampling   logits -> next id                           generate   prompt -> streamed text
+//! stream     tokens' bytes -> text to show               identity   which weights these are
 //! pull       known models by name
 //! ```
 
@@ -14,11 +15,13 @@ pub mod family;
 pub mod forward;
 pub mod generate;
 pub mod gguf;
+mod identity;
 mod load;
 pub mod ops;
 pub mod pull;
 pub mod sampling;
 pub mod source;
+pub mod stream;
 pub mod template;
 pub mod tokenizer;
 

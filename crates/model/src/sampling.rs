@@ -1,5 +1,7 @@
 //! Logits to the next id.
 
+use std::collections::HashMap;
+
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -14,13 +16,25 @@ pub struct SamplingParams {
     pub top_p: f32,
     /// Keep tokens at least this likely, relative to the most likely one; 0: all.
     pub min_p: f32,
+    /// Taken from a token's logit for each time it was drawn.
+    pub frequency_penalty: f32,
+    /// Taken from the logit of every token that was drawn.
+    pub presence_penalty: f32,
     /// The same seed gives the same answer.
     pub seed: u64,
 }
 
 impl Default for SamplingParams {
     fn default() -> Self {
-        SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0 }
+        SamplingParams {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            seed: 0,
+        }
     }
 }
 
@@ -48,6 +62,40 @@ pub struct Sampler {
     params: SamplingParams,
     rng: ChaCha8Rng,
     candidates: Vec<(f32, u32)>,
+    /// How often each token was drawn, where a penalty asks for it.
+    drawn: HashMap<u32, u32>,
+    penalized: Vec<f32>,
+}
+
+/// Log probabilities at temperature 1, before penalties and filters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Logprobs {
+    /// Of the token that was drawn.
+    pub chosen: f32,
+    /// The most likely tokens, descending.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What stands for the log of 0, which JSON can't hold.
+const LOG_ZERO: f32 = -9999.0;
+
+/// Log probabilities of the token that was drawn and of the `n` most likely ones.
+pub fn logprobs(logits: &[f32], chosen: u32, n: usize) -> Logprobs {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|x| ((x - max) as f64).exp()).sum();
+    let log = |x: f32| ((x as f64 - max as f64 - sum.ln()) as f32).max(LOG_ZERO);
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    let heavier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    let n = n.min(order.len());
+    if n > 0 && n < order.len() {
+        order.select_nth_unstable_by(n - 1, heavier);
+    }
+    order.truncate(n);
+    order.sort_unstable_by(heavier);
+    Logprobs {
+        chosen: logits.get(chosen as usize).map_or(LOG_ZERO, |x| log(*x)),
+        top: order.into_iter().map(|i| (i, log(logits[i as usize]))).collect(),
+    }
 }
 
 impl Sampler {
@@ -62,7 +110,16 @@ impl Sampler {
         check((0.0..=100.0).contains(&p.temperature), "temperature", p.temperature, "0 to 100")?;
         check(p.top_p > 0.0 && p.top_p <= 1.0, "top-p", p.top_p, "above 0, at most 1")?;
         check((0.0..=1.0).contains(&p.min_p), "min-p", p.min_p, "0 to 1")?;
-        Ok(Sampler { rng: ChaCha8Rng::seed_from_u64(params.seed), params, candidates: Vec::new() })
+        for (name, x) in [("frequency penalty", p.frequency_penalty), ("presence penalty", p.presence_penalty)] {
+            check((-2.0..=2.0).contains(&x), name, x, "-2 to 2")?;
+        }
+        Ok(Sampler {
+            rng: ChaCha8Rng::seed_from_u64(params.seed),
+            params,
+            candidates: Vec::new(),
+            drawn: HashMap::new(),
+            penalized: Vec::new(),
+        })
     }
 
     /// The next token for logits `[vocab]`.
@@ -70,6 +127,24 @@ impl Sampler {
     /// # Errors
     /// No logit is a number, or one is NaN.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, SamplingError> {
+        let (frequency, presence) = (self.params.frequency_penalty, self.params.presence_penalty);
+        if frequency == 0.0 && presence == 0.0 {
+            return self.draw(logits);
+        }
+        let mut penalized = std::mem::take(&mut self.penalized);
+        penalized.clear();
+        penalized.extend_from_slice(logits);
+        for (&id, &n) in &self.drawn {
+            if let Some(x) = penalized.get_mut(id as usize) {
+                *x -= n as f32 * frequency + presence;
+            }
+        }
+        let id = self.draw(&penalized);
+        self.penalized = penalized;
+        id.inspect(|&id| *self.drawn.entry(id).or_default() += 1)
+    }
+
+    fn draw(&mut self, logits: &[f32]) -> Result<u32, SamplingError> {
         let mut best = None;
         for (i, &x) in logits.iter().enumerate() {
             if x.is_nan() {
@@ -149,6 +224,30 @@ mod tests {
         let cold = SamplingParams { temperature: 0.5, ..hot };
         assert!(close(&draws(cold, &logits), &[0.725, 0.181, 0.065, 0.029]));
         assert_eq!(draws(SamplingParams::default(), &logits), [20_000, 0, 0, 0]);
+    }
+
+    #[test]
+    fn penalties_turn_to_other_tokens() {
+        let logits = [1.0f32, 0.9, 0.0];
+        let mut s = Sampler::new(SamplingParams { presence_penalty: 0.5, ..Default::default() }).unwrap();
+        let ids: Vec<u32> = (0..5).map(|_| s.sample(&logits).unwrap()).collect();
+        assert_eq!(ids, [0, 1, 0, 0, 0], "a presence counts once");
+        let mut s = Sampler::new(SamplingParams { frequency_penalty: 0.5, ..Default::default() }).unwrap();
+        let ids: Vec<u32> = (0..5).map(|_| s.sample(&logits).unwrap()).collect();
+        assert_eq!(ids, [0, 1, 0, 1, 0]);
+        let wild = SamplingParams { frequency_penalty: 2.5, ..Default::default() };
+        assert!(matches!(Sampler::new(wild), Err(SamplingError::Parameter { name: "frequency penalty", .. })));
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_softmax() {
+        let logits = [0.5f32, 0.25, 0.15, 0.1].map(f32::ln);
+        let l = logprobs(&logits, 2, 2);
+        assert!((l.chosen - 0.15f32.ln()).abs() < 1e-6);
+        assert_eq!(l.top.iter().map(|t| t.0).collect::<Vec<_>>(), [0, 1]);
+        assert!((l.top[1].1 - 0.25f32.ln()).abs() < 1e-6);
+        assert_eq!(logprobs(&logits, 0, 9).top.len(), 4);
+        assert_eq!(logprobs(&[0.0, f32::NEG_INFINITY], 1, 0).chosen, LOG_ZERO);
     }
 
     #[test]

@@ -27,4 +27,4 @@ pub use lut::{Lut, TOP, Table};
 pub use mixed::MixedFit;
 pub use side::{Outlier, QuantError, Side, SideQuantizer, TokenCodes, fits_half};
 pub use spec::{CodebookKind, CodedSpec, FisherWeights, KeyStage, Scope, Spec, SpecError};
-pub use whole::write_whole;
+pub use whole::{write_whole, write_whole_with};

@@ -1,0 +1,1 @@
+//! A load test against a running server.
