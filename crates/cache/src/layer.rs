@@ -202,6 +202,40 @@ impl Layer {
         Ok(())
     }
 
+    /// Appends tokens `[tokens, kv_heads, head_dim]` from position `start` on, and quantizes what leaves the recent window.
+    pub fn store(&mut self, k: &[f32], v: &[f32], start: usize) -> Result<(), (usize, TokenError)> {
+        for (i, (k, v)) in k.chunks_exact(self.channels).zip(v.chunks_exact(self.channels)).enumerate() {
+            self.push(k, v).and_then(|()| self.seal(start + i)).map_err(|e| (start + i, e))?;
+        }
+        Ok(())
+    }
+
+    /// Blocks that no longer change, from the first on.
+    fn finished(&self) -> usize {
+        self.blocks
+            .iter()
+            .take_while(|b| !matches!(***b, Block::Rows(_)) && b.len(self.channels) == BLOCK_TOKENS)
+            .count()
+    }
+
+    /// Whether there is a block to [`repeat`](Layer::repeat).
+    pub fn can_repeat(&self) -> bool {
+        self.finished() > 0
+    }
+
+    /// Puts in copies of finished blocks behind them.
+    pub fn repeat(&mut self, copies: usize) {
+        self.len += copies * BLOCK_TOKENS;
+        if self.window.is_some_and(|w| self.blocks.len() * BLOCK_TOKENS > w) {
+            // What the window sees is already there; it moves on.
+            self.dropped += copies;
+            return;
+        }
+        let n = self.finished();
+        let more: Vec<_> = (0..copies).map(|i| Arc::new(Block::clone(&self.blocks[i % n]))).collect();
+        self.blocks.splice(n..n, more);
+    }
+
     /// Quantizes the blocks that have left the recent window of a query at `position`.
     pub fn seal(&mut self, position: usize) -> Result<(), TokenError> {
         let Some(codec) = &self.codec else { return Ok(()) };

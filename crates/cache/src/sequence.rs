@@ -289,12 +289,8 @@ impl Cache {
             let rope = turns.rope.clone();
             let rotations: Vec<_> = (0..own.len()).map(|b| rope.rotation(start + b * BLOCK_TOKENS)).collect();
             attend::exact(&self.history(layer), &own, &rotations, &queries, start, out)?;
-            for (i, (k, v)) in k.chunks_exact(c).zip(v.chunks_exact(c)).enumerate() {
-                let layer = &mut self.layers[layer];
-                layer.push(k, v).map_err(failed(start + i))?;
-                layer.seal(start + i).map_err(failed(start + i))?;
-            }
-            return Ok(());
+            let stored = self.layers[layer].store(k, v, start);
+            return stored.map_err(|(position, (side, source))| CacheError::Token { layer, position, side, source });
         }
         let mut at = start;
         while at < start + n {
@@ -353,6 +349,51 @@ impl Cache {
             let of = self.layers.iter().zip(&self.turns_of).filter(|(_, t)| **t == i);
             turns.keep(of.map(|(l, _)| l.dropped()).min().unwrap_or(0), end);
         }
+    }
+
+    /// Stores `k`, `v` `[tokens, kv_heads, head_dim]` in `layer` without attending: for keys and values that were computed
+    /// elsewhere, and for measurements. Otherwise as [`extend`](Cache::extend).
+    ///
+    /// # Errors
+    /// As [`extend`](Cache::extend).
+    pub fn append(&mut self, layer: usize, k: &[f32], v: &[f32]) -> Result<(), CacheError> {
+        let (c, d, kv_heads) = (self.shape.channels(), self.shape.head_dim, self.shape.kv_heads);
+        let n = k.len() / c;
+        for (what, got) in [("k", k.len()), ("v", v.len())] {
+            if n * c != got {
+                return Err(CacheError::Length { what, expected: n * c, got });
+            }
+        }
+        let start = self.len;
+        let turned = self.transforms.get(layer).map(|t| (t.turn(k, kv_heads, d), t.project(v, d)));
+        let (k, v) = turned.as_ref().map_or((k, v), |(k, v)| (&k[..], &v[..]));
+        let turns = &mut self.turns[self.turns_of[layer]];
+        turns.cover(start, n, self.sinks);
+        let rotated = (!self.pre_rope).then(|| turns.angles.turn(k, c, d));
+        self.layers[layer]
+            .store(rotated.as_deref().unwrap_or(k), v, start)
+            .map_err(|(position, (side, source))| CacheError::Token { layer, position, side, source })
+    }
+
+    /// Lengthens the cache to at least `tokens` tokens by copies of its own whole blocks, each in memory of its own: a cache
+    /// of realistic content at a depth that no text was computed for, to measure speed.
+    ///
+    /// # Errors
+    /// A layer has no whole block yet.
+    pub fn repeat_to(&mut self, tokens: usize) -> Result<(), CacheError> {
+        let copies = tokens.saturating_sub(self.len).div_ceil(BLOCK_TOKENS);
+        if let Some(layer) = self.layers.iter().position(|l| !l.can_repeat()) {
+            let got = self.layers[layer].len();
+            return Err(CacheError::Unsupported {
+                what: "tokens to repeat",
+                got,
+                supported: "at least one whole block",
+            });
+        }
+        self.layers.iter_mut().for_each(|l| l.repeat(copies));
+        self.len += copies * BLOCK_TOKENS;
+        self.trim_turns();
+        Ok(())
     }
 
     /// Undoes a forward pass that failed on the way: every layer back to [`len`](Cache::len).

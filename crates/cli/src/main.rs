@@ -1,6 +1,7 @@
 //! kvquant: long-context inference with a KV cache of 2 to 4 bits.
 
 mod ablate;
+mod bench;
 mod calibrate;
 mod chat;
 mod demo;
@@ -56,6 +57,8 @@ enum Command {
     Serve(serve::Args),
     /// Measure the quality of caches on a text against an fp16 cache
     Eval(eval::Args),
+    /// Measure the speed of caches at several depths
+    Bench(bench::Args),
     /// Measure the method part by part (the paper's ablations) and write a report
     Ablate(ablate::Args),
 }
@@ -85,6 +88,7 @@ fn command(command: Command) -> Result<()> {
         Command::Chat(a) => chat::run(a),
         Command::Eval(a) => eval::run(a),
         Command::Serve(a) => serve::run(a),
+        Command::Bench(a) => bench::run(a),
         Command::Ablate(a) => ablate::run(a),
     }
 }

@@ -1,6 +1,6 @@
 //! MODEL and --kv arguments to loaded things.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use kvquant_model::{ChatTemplate, Model, Source, Tokenizer, pull};
@@ -15,6 +15,8 @@ pub struct Loaded {
     pub tokenizer: Tokenizer,
     /// Its files.
     pub source: Source,
+    /// Where they are: a GGUF file or a folder.
+    pub path: PathBuf,
     /// As the user named it, a path cut to its file name.
     pub name: String,
 }
@@ -28,7 +30,7 @@ pub fn load(model: &str, context: Option<usize>) -> Result<Loaded> {
     })?;
     let tokenizer = Tokenizer::from_source(&source)?;
     let name = Path::new(model).file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(Loaded { model: loaded, tokenizer, source, name })
+    Ok(Loaded { model: loaded, tokenizer, source, path, name })
 }
 
 impl Loaded {

@@ -61,18 +61,19 @@ impl Report {
     }
 }
 
-/// Rows of cells, the first row the head; all but the first column are aligned to the right.
-pub fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let width = |c: usize| rows.iter().map(|r| r[c].chars().count()).max().unwrap_or(0).max(3);
+/// Rows of as many cells each, the first row the head; all but the first column are aligned to the right.
+pub fn table<R: AsRef<[String]>>(rows: &[R]) -> String {
+    let cell = |r: &R, c: usize| r.as_ref().get(c).map_or(0, |cell| cell.chars().count());
+    let width = |c: usize| rows.iter().map(|r| cell(r, c)).max().unwrap_or(0).max(3);
     let mut out = String::new();
     for (i, row) in rows.iter().enumerate() {
-        for (c, cell) in row.iter().enumerate() {
+        for (c, cell) in row.as_ref().iter().enumerate() {
             let pad = " ".repeat(width(c) - cell.chars().count());
             out += &if c == 0 { format!("| {cell}{pad} ") } else { format!("| {pad}{cell} ") };
         }
         out += "|\n";
         if i == 0 {
-            for c in 0..N {
+            for c in 0..row.as_ref().len() {
                 let line = "-".repeat(width(c));
                 out += &if c == 0 { format!("| {line} ") } else { format!("| {}: ", &line[1..]) };
             }

@@ -147,6 +147,11 @@ impl Model {
         CacheShape { layers: c.layers, heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim }
     }
 
+    /// Allows more positions than the model was made for: its text gets worse, its speed can be measured.
+    pub fn allow_context(&mut self, tokens: usize) {
+        self.config.context = self.config.context.max(tokens);
+    }
+
     /// Bytes of all weights.
     pub fn weight_bytes(&self) -> usize {
         let layers: usize = self
