@@ -125,19 +125,24 @@ impl History<'_> {
             head_dim: queries.head_dim,
             first_visible: BLOCK_TOKENS,
         };
-        // Blocks that every row sees whole wait here: some are asked for while those before them are attended to.
-        let mut whole = Vec::with_capacity(2 * BLOCKS);
+        // Blocks that every row sees whole wait here: the next are asked for while those before them are attended to.
+        let (mut now, mut next) = (Vec::with_capacity(BLOCKS), Vec::with_capacity(BLOCKS));
         for part in task.parts.clone() {
             let place = if part == 0 {
                 let sink = self.layer.sink();
                 let sides = sink.views(cx.channels, cx.head_dim, task.head);
                 Place { sides, first: 0, len: sink.len(cx.channels), origin: self.start }
             } else {
-                let b = part - 1;
-                let block = &self.layer.blocks()[b];
+                let (blocks, b) = (self.layer.blocks(), part - 1);
+                if let Some(far) = blocks.get(b + 2 * BLOCKS) {
+                    self.kernels.prefetch_bytes(std::slice::from_ref(&**far));
+                }
+                if let Some(near) = blocks.get(b + BLOCKS) {
+                    near.prefetch_index(&cx, self.kernels);
+                }
                 let first = self.sinks + (self.layer.dropped() + b) * BLOCK_TOKENS;
-                let sides = block.views(&cx, task.head)?;
-                Place { sides, first, len: block.len(cx.channels), origin: self.origins.map(|o| &o[b]) }
+                let sides = blocks[b].views(&cx, task.head)?;
+                Place { sides, first, len: blocks[b].len(cx.channels), origin: self.origins.map(|o| &o[b]) }
             };
             if place.len == 0 {
                 continue;
@@ -146,17 +151,16 @@ impl History<'_> {
                 self.fold(queries, &asking, place, state)?;
                 continue;
             }
-            let view = BlockView::new(place.sides.0, place.sides.1, place.len, place.origin)?;
-            self.kernels.prefetch(&view);
-            whole.push(view);
-            if whole.len() == 2 * BLOCKS {
-                self.kernels.attend_all(&rows, &whole[..BLOCKS], self.table, state);
-                whole.drain(..BLOCKS);
+            next.push(BlockView::new(place.sides.0, place.sides.1, place.len, place.origin)?);
+            self.kernels.prefetch(&next[next.len() - 1]);
+            if next.len() == BLOCKS {
+                self.kernels.attend_all(&rows, &now, self.table, state);
+                std::mem::swap(&mut now, &mut next);
+                next.clear();
             }
         }
-        for some in whole.chunks(BLOCKS) {
-            self.kernels.attend_all(&rows, some, self.table, state);
-        }
+        self.kernels.attend_all(&rows, &now, self.table, state);
+        self.kernels.attend_all(&rows, &next, self.table, state);
         Ok(())
     }
 

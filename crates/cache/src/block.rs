@@ -159,6 +159,13 @@ impl Block {
         }
     }
 
+    /// Asks for what [`views`](Block::views) will read.
+    pub fn prefetch_index(&self, cx: &Context<'_>, kernels: Kernels) {
+        if let (Block::Coded(c), Some((layout, _))) = (self, cx.codec) {
+            kernels.prefetch_bytes(c.index(layout));
+        }
+    }
+
     /// Cuts the block to `len` tokens. A coded block of a cache with a recent window becomes fp16 rows of its
     /// decoded values, so that tokens that follow enter it exactly.
     pub fn truncate(&mut self, cx: &Context<'_>, len: usize, window: bool) -> Result<(), ViewError> {

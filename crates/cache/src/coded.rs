@@ -206,6 +206,11 @@ impl CodedBlock {
         bytemuck::cast_slice_mut(&mut self.fixed)
     }
 
+    /// Counts of outliers, and of tokens.
+    pub fn index(&self, layout: &Layout) -> &[u8] {
+        &self.bytes_of()[layout.places[0].counts.start..]
+    }
+
     /// Outliers before a unit of a side, and in it.
     fn outlier_range(&self, layout: &Layout, side: usize, units: Range<usize>) -> Range<usize> {
         let bytes = self.bytes_of();

@@ -107,6 +107,17 @@ impl Kernels {
         }
     }
 
+    /// Asks for some bytes.
+    pub fn prefetch_bytes<T>(self, of: &[T]) {
+        match self.0 {
+            Backend::Scalar => {
+                let _ = of;
+            }
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx2 | Backend::Avx512 => avx2::prefetch_lines(of),
+        }
+    }
+
     /// Attends with `rows` to one block and folds the result into `state`.
     ///
     /// `table` is the rotation inside a block; it is used where the block's keys are kept before RoPE.
@@ -118,7 +129,7 @@ impl Kernels {
     /// [`BLOCKS`] at a time keep a CPU busy; more only take memory.
     pub fn attend_all(self, rows: &Rows<'_>, blocks: &[BlockView<'_>], table: &BlockTable, state: &mut State) {
         blocks.iter().for_each(|block| rows.check(block, state));
-        if rows.is_empty() {
+        if rows.is_empty() || blocks.is_empty() {
             return;
         }
         match self.0 {

@@ -65,26 +65,27 @@ pub(super) fn prefetch(block: &BlockView<'_>) {
     for side in [&block.key, &block.value] {
         match side {
             SideView::Coded(v) => {
-                lines(v.codes);
-                lines(v.outliers.places);
-                lines(v.outliers.residuals);
+                prefetch_lines(v.codes);
+                prefetch_lines(v.outliers.places);
+                prefetch_lines(v.outliers.residuals);
                 v.scales.inspect(|s| {
-                    lines(s.scale);
-                    lines(s.zero);
+                    prefetch_lines(s.scale);
+                    prefetch_lines(s.zero);
                 });
             }
             // Long enough for the CPU to see where it goes.
-            SideView::Tile { .. } | SideView::Rows { .. } => {}
+            SideView::Tile { data } => prefetch_lines(&data[..data.len().min(512)]),
+            SideView::Rows { .. } => {}
         }
     }
 }
 
-fn lines<T>(of: &[T]) {
+pub(super) fn prefetch_lines<T>(of: &[T]) {
     const LINE: usize = 64;
     let first: *const i8 = of.as_ptr().cast();
     for at in (0..size_of_val(of)).step_by(LINE) {
         // SAFETY: the address lies in the slice; a prefetch changes nothing that a program can see. SSE is part of x86-64.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(first.add(at)) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(first.add(at)) };
     }
 }
 

@@ -34,46 +34,52 @@ impl List {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn fill(&mut self, v: &CodedView<'_>) {
-        let places = v.outliers.places;
-        self.channels.resize(places.len() + STRIDE, 0);
+        let (places, counts) = (v.outliers.places, v.outliers.counts);
+        self.channels.resize(places.len(), 0);
         self.tokens.resize(places.len(), 0);
-        let mut end = 0;
-        for (u, &count) in v.outliers.counts.iter().enumerate() {
-            let (first, last) = (end, end + count as usize);
-            let base = (u * UNIT_CHANNELS) as u16;
-            let mut at = first;
-            loop {
-                // Eight at a time whatever the count, so that there is no branch to mispredict: what is too much belongs to
-                // the next units, which write it again.
-                if let Some(from) = places[at..].first_chunk::<STRIDE>() {
-                    let to: &mut [u16; STRIDE] = self.channels[at..].first_chunk_mut().expect("there is room to spare");
-                    // SAFETY: 8 readable and 16 writable bytes; unaligned access is allowed.
-                    unsafe {
-                        let places = _mm_cvtepu8_epi16(_mm_loadl_epi64(from.as_ptr().cast()));
-                        let channels = _mm_add_epi16(_mm_srli_epi16::<6>(places), _mm_set1_epi16(base as i16));
-                        _mm_storeu_si128(to.as_mut_ptr().cast(), channels);
-                    }
-                } else {
-                    for i in at..last {
-                        self.channels[i] = base + (places[i] as usize / TOKENS) as u16;
-                    }
-                }
-                at += STRIDE;
-                if at >= last {
-                    break;
-                }
+        if places.len() <= u8::MAX as usize && counts.len() <= MOST_UNITS {
+            self.place(places, counts);
+        } else {
+            let units = counts.iter().enumerate().flat_map(|(u, &n)| std::iter::repeat_n(u, n as usize));
+            for ((unit, place), channel) in units.zip(places).zip(&mut self.channels) {
+                *channel = (unit * UNIT_CHANNELS) as u16 + (*place / TOKENS as u8) as u16;
             }
-            end = last;
         }
         for (place, token) in places.iter().zip(&mut self.tokens) {
             *token = *place % TOKENS as u8;
         }
         if !v.lut.order.is_empty() {
-            for c in &mut self.channels[..places.len()] {
+            for c in &mut self.channels {
                 *c = v.lut.order[*c as usize];
             }
         }
         floats(v.outliers.residuals, &mut self.residuals);
+    }
+
+    /// Channels, sixteen outliers at a time and without a branch on counts: an outlier's unit is the number of units that
+    /// end before it.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn place(&mut self, places: &[u8], counts: &[u8]) {
+        let (mut ends, mut end) = ([0u8; MOST_UNITS], 0u8);
+        for (to, count) in ends.iter_mut().zip(counts) {
+            end = end.wrapping_add(*count);
+            *to = end;
+        }
+        let ends = &ends[..counts.len()];
+        let (full, rest) = places.as_chunks::<16>();
+        let (to_full, to_rest) = self.channels.as_chunks_mut::<16>();
+        for (i, (from, to)) in full.iter().zip(to_full).enumerate() {
+            sixteen(16 * i, from, ends, to);
+        }
+        let (mut padded, mut channels) = ([0; 16], [0; 16]);
+        for (to, from) in padded.iter_mut().zip(rest) {
+            *to = *from;
+        }
+        sixteen(16 * full.len(), &padded, ends, &mut channels);
+        for (to, from) in to_rest.iter_mut().zip(channels) {
+            *to = from;
+        }
     }
 
     /// Channel, token, residual.
@@ -84,8 +90,27 @@ impl List {
     }
 }
 
-/// Outliers that are placed at a time.
-const STRIDE: usize = 8;
+/// Channels of the outliers from `first` on, at most 255.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn sixteen(first: usize, places: &[u8; 16], ends: &[u8], channels: &mut [u16; 16]) {
+    let number = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    let number = _mm_add_epi8(number, _mm_set1_epi8(first as i8));
+    let mut unit = _mm_setzero_si128();
+    for &end in ends {
+        let behind = _mm_cmpeq_epi8(_mm_max_epu8(number, _mm_set1_epi8(end as i8)), number);
+        unit = _mm_sub_epi8(unit, behind);
+    }
+    // SAFETY: 16 readable bytes; unaligned loads are allowed.
+    let place = unsafe { _mm_loadu_si128(places.as_ptr().cast()) };
+    let in_unit = _mm256_srli_epi16::<6>(_mm256_cvtepu8_epi16(place));
+    let channel = _mm256_add_epi16(_mm256_slli_epi16::<2>(_mm256_cvtepu8_epi16(unit)), in_unit);
+    // SAFETY: 32 writable bytes; unaligned stores are allowed.
+    unsafe { _mm256_storeu_si256(channels.as_mut_ptr().cast(), channel) };
+}
+
+/// Units of a head of 512 channels.
+const MOST_UNITS: usize = 128;
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
