@@ -92,7 +92,7 @@ unsafe fn with<const WIDE: bool>(
     let mut weights = std::mem::take(&mut s.weights);
     weights.resize(blocks.len() * n, [0.0; TOKENS]);
     s.local.resize(n * d, 0.0);
-    for (block, scores) in blocks.iter().zip(weights.chunks_exact_mut(n)) {
+    for (b, (block, scores)) in blocks.iter().zip(weights.chunks_exact_mut(n)).enumerate() {
         match block.origin {
             Some(origin) => {
                 for (q, to) in rows.q.chunks_exact(d).zip(s.local.chunks_exact_mut(d)) {
@@ -106,6 +106,11 @@ unsafe fn with<const WIDE: bool>(
             // SAFETY: passed on.
             SideView::Coded(v) if v.scales.is_none() && WIDE => unsafe { avx512::score(s, d, v, turn, scores) },
             SideView::Coded(v) if v.scales.is_none() => score::coded(s, d, v, turn, scores),
+            SideView::Tile { data } if WIDE => {
+                let next = blocks.get(b + 1).map_or(&blocks[0].value, |next| &next.key);
+                // SAFETY: passed on.
+                unsafe { avx512::tile::score(&s.local, d, data, turn, tile_of(next), scores) };
+            }
             side => float::score(s, d, side, block.len, turn, scores),
         }
         for (r, row) in scores.iter_mut().enumerate() {
@@ -134,7 +139,14 @@ unsafe fn with<const WIDE: bool>(
         }
         let (now, later) = rest.1.split_at(together.max(1) * n);
         match coded {
-            [None, ..] => float::mix(now, &mut s.tile, d, &first.value, first.len, &mut state.out),
+            [None, ..] => match &first.value {
+                SideView::Tile { data } if WIDE => {
+                    let next = rest.0.get(1).and_then(|next| tile_of(&next.value));
+                    // SAFETY: passed on.
+                    unsafe { avx512::tile::mix(now, d, data, next, &mut state.out) };
+                }
+                side => float::mix(now, &mut s.tile, d, side, first.len, &mut state.out),
+            },
             [Some(v), ..] => {
                 let views: [CodedView<'_>; BLOCKS] = coded.map(|each| *each.unwrap_or(v));
                 let views = &views[..together];
@@ -149,6 +161,14 @@ unsafe fn with<const WIDE: bool>(
         rest = (&rest.0[together.max(1)..], later);
     }
     s.weights = weights;
+}
+
+/// A side's fp16 data, where that is all it is.
+fn tile_of<'a>(side: &SideView<'a>) -> Option<&'a [u16]> {
+    match side {
+        SideView::Tile { data } => Some(data),
+        _ => None,
+    }
 }
 
 /// [`Rotation::undo`], eight channels at a time.
@@ -182,7 +202,7 @@ fn undo(origin: &Rotation, q: &[f32], to: &mut [f32]) {
 /// Sums of four vectors, one a lane.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn sum_each(a: [__m256; 4]) -> __m128 {
+pub(in super::super) fn sum_each(a: [__m256; 4]) -> __m128 {
     let ab = _mm256_hadd_ps(a[0], a[1]);
     let cd = _mm256_hadd_ps(a[2], a[3]);
     let x = _mm256_hadd_ps(ab, cd);

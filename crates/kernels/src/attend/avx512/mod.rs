@@ -3,12 +3,12 @@
 //! - `vpdpwssd` multiplies and adds in one instruction;
 //! - where channels lie in their own order, keys go from codes to scores in registers.
 //!
-//! fp16 blocks and many rows run AVX2's code: there the memory or the multipliers are the limit, which 512-bit
-//! vectors do not move.
+//! Many rows run AVX2's code: there the multipliers are the limit, which 512-bit vectors do not move.
 
 mod mix;
 mod score;
 mod softmax;
+pub(super) mod tile;
 mod unpack;
 
 pub(super) use mix::coded as mix;
