@@ -144,6 +144,7 @@ impl Block {
         }
     }
 
+    #[inline(always)]
     pub fn views<'a>(&'a self, cx: &Context<'a>, head: usize) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
         match self {
             Block::Rows(r) => Ok(r.views(cx.channels, cx.head_dim, head)),

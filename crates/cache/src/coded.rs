@@ -212,6 +212,7 @@ impl CodedBlock {
     }
 
     /// Outliers before a unit of a side, and in it.
+    #[inline]
     fn outlier_range(&self, layout: &Layout, side: usize, units: Range<usize>) -> Range<usize> {
         let bytes = self.bytes_of();
         let sum = |range: Range<usize>| bytes[range].iter().map(|&c| c as usize).sum::<usize>();
@@ -318,6 +319,7 @@ impl CodedBlock {
     }
 
     /// One head's keys and values.
+    #[inline(always)]
     pub fn views<'a>(
         &'a self,
         layout: &'a Layout,
@@ -327,6 +329,7 @@ impl CodedBlock {
         Ok((self.view(layout, &layout.key, 0, &q.key, head)?, self.view(layout, &layout.value, 1, &q.value, head)?))
     }
 
+    #[inline(always)]
     fn view<'a>(
         &'a self,
         layout: &'a Layout,

@@ -24,6 +24,7 @@ pub struct ViewError {
     pub got: usize,
 }
 
+#[inline]
 fn expect(part: &'static str, expected: usize, got: usize) -> Result<(), ViewError> {
     if expected == got { Ok(()) } else { Err(ViewError { part, expected, got }) }
 }
@@ -95,6 +96,7 @@ impl<'a> CodedView<'a> {
     ///
     /// # Errors
     /// A part's size does not follow from the widths, `head_dim` and the outlier counts.
+    #[inline]
     pub fn new(
         head_dim: usize,
         codes: &'a [u8],
@@ -240,6 +242,7 @@ pub enum SideView<'a> {
 
 impl SideView<'_> {
     /// Channels of a head.
+    #[inline]
     pub fn head_dim(&self) -> usize {
         match self {
             SideView::Rows { head_dim, .. } => *head_dim,
@@ -248,6 +251,7 @@ impl SideView<'_> {
         }
     }
 
+    #[inline]
     fn check(&self, head_dim: usize, len: usize) -> Result<(), ViewError> {
         match self {
             SideView::Rows { data, stride, head_dim: d } => {
@@ -279,6 +283,7 @@ impl<'a> BlockView<'a> {
     ///
     /// # Errors
     /// The sides or the rotation differ in shape, or `len` is above 64.
+    #[inline]
     pub fn new(
         key: SideView<'a>,
         value: SideView<'a>,

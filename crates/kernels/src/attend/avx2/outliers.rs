@@ -56,7 +56,7 @@ impl List {
         floats(v.outliers.residuals, &mut self.residuals);
     }
 
-    /// Channels, sixteen outliers at a time and without a branch on counts: an outlier's unit is the number of units that
+    /// Channels, 32 outliers at a time and without a branch on counts: an outlier's unit is the number of units that
     /// end before it.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -67,18 +67,20 @@ impl List {
             *to = end;
         }
         let ends = &ends[..counts.len()];
-        let (full, rest) = places.as_chunks::<16>();
-        let (to_full, to_rest) = self.channels.as_chunks_mut::<16>();
+        let (full, rest) = places.as_chunks::<STRIDE>();
+        let (to_full, to_rest) = self.channels.as_chunks_mut::<STRIDE>();
         for (i, (from, to)) in full.iter().zip(to_full).enumerate() {
-            sixteen(16 * i, from, ends, to);
+            channels_of(STRIDE * i, from, ends, to);
         }
-        let (mut padded, mut channels) = ([0; 16], [0; 16]);
-        for (to, from) in padded.iter_mut().zip(rest) {
-            *to = *from;
-        }
-        sixteen(16 * full.len(), &padded, ends, &mut channels);
-        for (to, from) in to_rest.iter_mut().zip(channels) {
-            *to = from;
+        if !rest.is_empty() {
+            let (mut padded, mut channels) = ([0; STRIDE], [0; STRIDE]);
+            for (to, from) in padded.iter_mut().zip(rest) {
+                *to = *from;
+            }
+            channels_of(STRIDE * full.len(), &padded, ends, &mut channels);
+            for (to, from) in to_rest.iter_mut().zip(channels) {
+                *to = from;
+            }
         }
     }
 
@@ -90,27 +92,45 @@ impl List {
     }
 }
 
+/// Outliers that are placed at a time.
+const STRIDE: usize = 32;
+
 /// Channels of the outliers from `first` on, at most 255.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn sixteen(first: usize, places: &[u8; 16], ends: &[u8], channels: &mut [u16; 16]) {
-    let number = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    let number = _mm_add_epi8(number, _mm_set1_epi8(first as i8));
-    let mut unit = _mm_setzero_si128();
+fn channels_of(first: usize, places: &[u8; STRIDE], ends: &[u8], channels: &mut [u16; STRIDE]) {
+    const NUMBERS: [u8; STRIDE] = {
+        let (mut numbers, mut i) = ([0; STRIDE], 0);
+        while i < STRIDE {
+            numbers[i] = i as u8;
+            i += 1;
+        }
+        numbers
+    };
+    // SAFETY: 32 readable bytes each; unaligned loads are allowed.
+    let (number, place) =
+        unsafe { (_mm256_loadu_si256(NUMBERS.as_ptr().cast()), _mm256_loadu_si256(places.as_ptr().cast())) };
+    let number = _mm256_add_epi8(number, _mm256_set1_epi8(first as i8));
+    let mut unit = _mm256_setzero_si256();
     for &end in ends {
-        let behind = _mm_cmpeq_epi8(_mm_max_epu8(number, _mm_set1_epi8(end as i8)), number);
-        unit = _mm_sub_epi8(unit, behind);
+        let behind = _mm256_cmpeq_epi8(_mm256_max_epu8(number, _mm256_set1_epi8(end as i8)), number);
+        unit = _mm256_sub_epi8(unit, behind);
     }
-    // SAFETY: 16 readable bytes; unaligned loads are allowed.
-    let place = unsafe { _mm_loadu_si128(places.as_ptr().cast()) };
-    let in_unit = _mm256_srli_epi16::<6>(_mm256_cvtepu8_epi16(place));
-    let channel = _mm256_add_epi16(_mm256_slli_epi16::<2>(_mm256_cvtepu8_epi16(unit)), in_unit);
-    // SAFETY: 32 writable bytes; unaligned stores are allowed.
-    unsafe { _mm256_storeu_si256(channels.as_mut_ptr().cast(), channel) };
+    let half = |unit: __m128i, place: __m128i| {
+        let in_unit = _mm256_srli_epi16::<6>(_mm256_cvtepu8_epi16(place));
+        _mm256_add_epi16(_mm256_slli_epi16::<2>(_mm256_cvtepu8_epi16(unit)), in_unit)
+    };
+    let low = half(_mm256_castsi256_si128(unit), _mm256_castsi256_si128(place));
+    let high = half(_mm256_extracti128_si256::<1>(unit), _mm256_extracti128_si256::<1>(place));
+    // SAFETY: 64 writable bytes; unaligned stores are allowed.
+    unsafe {
+        _mm256_storeu_si256(channels.as_mut_ptr().cast(), low);
+        _mm256_storeu_si256(channels.as_mut_ptr().add(16).cast(), high);
+    }
 }
 
-/// Units of a head of 512 channels.
-const MOST_UNITS: usize = 128;
+/// Units of a head of 256 channels.
+const MOST_UNITS: usize = 64;
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
