@@ -68,17 +68,23 @@ impl List {
         }
         let ends = &ends[..counts.len()];
         let (full, rest) = places.as_chunks::<STRIDE>();
-        let (to_full, to_rest) = self.channels.as_chunks_mut::<STRIDE>();
-        for (i, (from, to)) in full.iter().zip(to_full).enumerate() {
+        for (i, (from, to)) in full.iter().zip(self.channels.as_chunks_mut::<STRIDE>().0).enumerate() {
             channels_of(STRIDE * i, from, ends, to);
         }
         if !rest.is_empty() {
+            // The last 32 once more, where there are as many: a copy to pad would wait for its own stores.
+            if let (Some(from), n) = (places.last_chunk::<STRIDE>(), places.len())
+                && let Some(to) = self.channels.last_chunk_mut::<STRIDE>()
+            {
+                channels_of(n - STRIDE, from, ends, to);
+                return;
+            }
             let (mut padded, mut channels) = ([0; STRIDE], [0; STRIDE]);
             for (to, from) in padded.iter_mut().zip(rest) {
                 *to = *from;
             }
-            channels_of(STRIDE * full.len(), &padded, ends, &mut channels);
-            for (to, from) in to_rest.iter_mut().zip(channels) {
+            channels_of(0, &padded, ends, &mut channels);
+            for (to, from) in self.channels.iter_mut().zip(channels) {
                 *to = from;
             }
         }
