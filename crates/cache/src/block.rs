@@ -74,13 +74,10 @@ impl Rows {
         self.v.truncate(len * channels);
     }
 
-    /// One token as f32.
-    pub fn token(&self, t: usize, channels: usize, k: &mut [f32], v: &mut [f32]) {
-        for (to, from) in [(k, &self.k), (v, &self.v)] {
-            for (x, &bits) in to.iter_mut().zip(&from[t * channels..(t + 1) * channels]) {
-                *x = f16::from_bits(bits).to_f32();
-            }
-        }
+    /// All tokens as f32.
+    pub fn floats(&self) -> (Vec<f32>, Vec<f32>) {
+        let wide = |halves: &[u16]| halves.iter().map(|&bits| f16::from_bits(bits).to_f32()).collect();
+        (wide(&self.k), wide(&self.v))
     }
 
     pub fn views(&self, channels: usize, head_dim: usize, head: usize) -> (SideView<'_>, SideView<'_>) {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 use kvquant_kernels::attend::{CodedView, HeadLut, Outliers, SideView, TokenScales, ViewError};
-use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, set_code, unit_bytes};
+use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, pack_unit, set_code, unit_bytes};
 use kvquant_quant::{Outlier, SideQuantizer, TokenCodes};
 
 use crate::bytes::Bytes;
@@ -229,6 +229,73 @@ impl CodedBlock {
         self.set_len(self.len() + 1);
         if self.len() == BLOCK_TOKENS {
             self.outliers.shrink_to_fit();
+        }
+    }
+
+    /// A full block from its tokens' keys and values: what [`push`](CodedBlock::push) makes of them one by one.
+    pub fn whole(layout: &Layout, keys: &[TokenCodes], values: &[TokenCodes]) -> Self {
+        assert_eq!((keys.len(), values.len()), (BLOCK_TOKENS, BLOCK_TOKENS), "a block of tokens");
+        let mut block = CodedBlock::new(layout);
+        let (mut places, mut residuals) = (Vec::new(), Vec::new());
+        for (side, (l, tokens)) in [(&layout.key, keys), (&layout.value, values)].into_iter().enumerate() {
+            let mut lists = vec![Vec::new(); l.units()];
+            for (t, o) in tokens.iter().enumerate().flat_map(|(t, codes)| codes.outliers.iter().map(move |o| (t, o))) {
+                let place = l.places[o.channel as usize] as usize;
+                let entry = (place % UNIT_CHANNELS * BLOCK_TOKENS + t) as u8;
+                lists[place / UNIT_CHANNELS].push((entry, o.residual.to_le_bytes()));
+            }
+            if lists.iter().any(|list| list.len() > u8::MAX as usize) {
+                return Self::one_by_one(layout, keys, values);
+            }
+            block.set_all(layout, l, side, tokens);
+            let counts = &mut block.bytes_mut()[layout.places[side].counts.clone()];
+            for (count, list) in counts.iter_mut().zip(&lists) {
+                *count = list.len() as u8;
+            }
+            places.extend(lists.iter().flatten().map(|(place, _)| *place));
+            residuals.extend(lists.iter().flatten().flat_map(|(_, residual)| *residual));
+        }
+        places.append(&mut residuals);
+        places.shrink_to_fit();
+        block.outliers = places;
+        block.set_len(BLOCK_TOKENS);
+        block
+    }
+
+    /// Where a unit has more outliers than its count can say, which of them stay depends on the order.
+    fn one_by_one(layout: &Layout, keys: &[TokenCodes], values: &[TokenCodes]) -> Self {
+        let mut block = CodedBlock::new(layout);
+        for (key, value) in keys.iter().zip(values) {
+            block.push(layout, key, value);
+        }
+        block
+    }
+
+    /// Codes and scales of all tokens of a side.
+    fn set_all(&mut self, layout: &Layout, l: &SideLayout, side: usize, tokens: &[TokenCodes]) {
+        let place = &layout.places[side];
+        let all = &mut self.bytes_mut()[place.codes.clone()];
+        let mut rows = [[0u8; BLOCK_TOKENS]; UNIT_CHANNELS];
+        for ((unit, &bits), channels) in
+            l.starts.windows(2).zip(&l.widths).zip(l.channels.as_chunks::<UNIT_CHANNELS>().0)
+        {
+            let channels = channels.map(|c| c as usize);
+            for (t, codes) in tokens.iter().enumerate() {
+                for (row, &c) in rows.iter_mut().zip(&channels) {
+                    row[t] = codes.codes[c];
+                }
+            }
+            pack_unit(bits as u32, rows.each_ref(), &mut all[unit[0]..unit[1]]);
+        }
+        let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut self.fixed);
+        let (scales, zeros) = halves[place.scales.clone()].split_at_mut(l.scales());
+        for (t, codes) in tokens.iter().enumerate() {
+            for (group, s) in scales.chunks_exact_mut(BLOCK_TOKENS).zip(&codes.scale) {
+                group[t] = s.to_bits();
+            }
+            for (group, z) in zeros.chunks_exact_mut(BLOCK_TOKENS).zip(&codes.zero) {
+                group[t] = z.to_bits();
+            }
         }
     }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use kvquant_quant::TokenCodes;
 use kvquant_quant::pack::BLOCK_TOKENS;
+use rayon::prelude::*;
 
 use crate::block::{Block, Context, Rows, TokenError};
 use crate::bytes::Bytes;
@@ -17,6 +18,18 @@ const GROW_BLOCKS: usize = 16;
 pub(crate) struct Codec {
     pub quantizers: Quantizers,
     pub layout: Layout,
+}
+
+impl Codec {
+    /// A full block from keys and values `[64, kv_heads, head_dim]`, or the token that can't be stored.
+    fn block(&self, k: &[f32], v: &[f32], channels: usize) -> Result<CodedBlock, (usize, TokenError)> {
+        let mut keys = vec![TokenCodes::default(); BLOCK_TOKENS];
+        let mut values = keys.clone();
+        for (t, (k, v)) in k.chunks_exact(channels).zip(v.chunks_exact(channels)).enumerate() {
+            quantize(self, k, v, &mut keys[t], &mut values[t]).map_err(|e| (t, e))?;
+        }
+        Ok(CodedBlock::whole(&self.layout, &keys, &values))
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -204,9 +217,42 @@ impl Layer {
 
     /// Appends tokens `[tokens, kv_heads, head_dim]` from position `start` on, and quantizes what leaves the recent window.
     pub fn store(&mut self, k: &[f32], v: &[f32], start: usize) -> Result<(), (usize, TokenError)> {
-        for (i, (k, v)) in k.chunks_exact(self.channels).zip(v.chunks_exact(self.channels)).enumerate() {
-            self.push(k, v).and_then(|()| self.seal(start + i)).map_err(|e| (start + i, e))?;
+        let (c, n) = (self.channels, k.len() / self.channels);
+        let mut done = 0;
+        while done < n {
+            let open = (self.len.max(self.sinks) - self.sinks) % BLOCK_TOKENS;
+            let whole = (n - done) / BLOCK_TOKENS;
+            if self.len >= self.sinks && open == 0 && whole > 0 && self.codec.is_some() && self.recent == 0 {
+                let part = done * c..(done + whole * BLOCK_TOKENS) * c;
+                self.store_whole(&k[part.clone()], &v[part], start + done)?;
+                done += whole * BLOCK_TOKENS;
+                continue;
+            }
+            let token = done * c..(done + 1) * c;
+            self.push(&k[token.clone()], &v[token])
+                .and_then(|()| self.seal(start + done))
+                .map_err(|e| (start + done, e))?;
+            done += 1;
         }
+        Ok(())
+    }
+
+    /// Whole blocks, side by side on all threads.
+    fn store_whole(&mut self, k: &[f32], v: &[f32], start: usize) -> Result<(), (usize, TokenError)> {
+        let Some(codec) = self.codec.clone() else { return Ok(()) };
+        let part = BLOCK_TOKENS * self.channels;
+        let blocks: Vec<Arc<Block>> = k
+            .par_chunks_exact(part)
+            .zip(v.par_chunks_exact(part))
+            .enumerate()
+            .map(|(b, (k, v))| {
+                let coded = codec.block(k, v, self.channels);
+                coded.map(|c| Arc::new(Block::Coded(c))).map_err(|(t, e)| (start + b * BLOCK_TOKENS + t, e))
+            })
+            .collect::<Result<_, _>>()?;
+        self.len += blocks.len() * BLOCK_TOKENS;
+        self.blocks.reserve_exact(blocks.len().next_multiple_of(GROW_BLOCKS));
+        self.blocks.extend(blocks);
         Ok(())
     }
 
@@ -243,18 +289,12 @@ impl Layer {
             return Ok(());
         }
         let left = (position + 1 - self.recent - self.sinks) / BLOCK_TOKENS;
-        let (mut k, mut v) = (vec![0.0; self.channels], vec![0.0; self.channels]);
         // Sealed blocks are a prefix: look only behind the last of them.
         let from = self.blocks.iter().rposition(|b| matches!(**b, Block::Coded(_))).map_or(0, |i| i + 1);
         for block in self.blocks.iter_mut().take(left.saturating_sub(self.dropped)).skip(from) {
             let Block::Rows(rows) = &**block else { continue };
-            let mut coded = CodedBlock::new(&codec.layout);
-            for t in 0..rows.len(self.channels) {
-                rows.token(t, self.channels, &mut k, &mut v);
-                quantize(codec, &k, &v, &mut self.key_codes, &mut self.value_codes)?;
-                coded.push(&codec.layout, &self.key_codes, &self.value_codes);
-            }
-            *block = Arc::new(Block::Coded(coded));
+            let (k, v) = rows.floats();
+            *block = Arc::new(Block::Coded(codec.block(&k, &v, self.channels).map_err(|(_, e)| e)?));
         }
         Ok(())
     }

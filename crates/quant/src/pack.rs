@@ -56,6 +56,53 @@ pub fn set_code(unit: &mut [u8], bits: u32, channel_in_unit: usize, token: usize
     });
 }
 
+/// Writes all codes of a unit, channel by channel.
+pub fn pack_unit(bits: u32, codes: [&[u8; BLOCK_TOKENS]; UNIT_CHANNELS], unit: &mut [u8]) {
+    let (low, high) = unit.split_at_mut(unit_bytes(bits.min(LOW_BITS)));
+    pack_plane(bits.min(LOW_BITS), codes, 0, low);
+    pack_plane(bits.saturating_sub(LOW_BITS), codes, LOW_BITS, high);
+}
+
+/// Bits `from .. from + bits` of all codes.
+#[inline]
+fn pack_plane(bits: u32, codes: [&[u8; BLOCK_TOKENS]; UNIT_CHANNELS], from: u32, plane: &mut [u8]) {
+    let vectors = plane.as_chunks_mut::<VECTOR>().0;
+    let mask = (1u8 << bits) - 1;
+    let field = |c: usize, t: usize| codes[c][t] >> from & mask;
+    // Fields of the tokens i and i + 32, side by side.
+    let two = |c: usize, i: usize, width: u32| field(c, i) | field(c, i + VECTOR) << width;
+    match bits {
+        0 => {}
+        1 => {
+            for (i, byte) in vectors[0].iter_mut().enumerate() {
+                *byte = two(0, i, 1) | two(1, i, 1) << 2 | two(2, i, 1) << 4 | two(3, i, 1) << 6;
+            }
+        }
+        2 => {
+            for (v, vector) in vectors.iter_mut().enumerate() {
+                for (i, byte) in vector.iter_mut().enumerate() {
+                    *byte = two(2 * v, i, 2) | two(2 * v + 1, i, 2) << 4;
+                }
+            }
+        }
+        3 => {
+            for (c, vector) in vectors.iter_mut().enumerate() {
+                for (i, byte) in vector.iter_mut().enumerate() {
+                    let (first, second) = (field(3, i) >> c & 1, field(3, i + VECTOR) >> c & 1);
+                    *byte = two(c, i, 4) | first << 3 | second << 7;
+                }
+            }
+        }
+        _ => {
+            for (c, vector) in vectors.iter_mut().enumerate() {
+                for (i, byte) in vector.iter_mut().enumerate() {
+                    *byte = two(c, i, 4);
+                }
+            }
+        }
+    }
+}
+
 /// Reads one code of a unit.
 #[inline]
 pub fn get_code(unit: &[u8], bits: u32, channel_in_unit: usize, token: usize) -> u8 {
@@ -86,6 +133,10 @@ mod tests {
             for (c, t) in places() {
                 assert_eq!(get_code(&unit, bits, c, t), code(c, t), "{bits} bits, channel {c}, token {t}");
             }
+            let rows: [[u8; 64]; 4] = std::array::from_fn(|c| std::array::from_fn(|t| code(c, t)));
+            let mut whole = vec![0xaau8; unit_bytes(bits)];
+            pack_unit(bits, rows.each_ref(), &mut whole);
+            assert_eq!(whole, unit, "{bits} bits");
         }
     }
 
