@@ -2,7 +2,7 @@
 //! 1 for what failed on the way.
 
 use anyhow::Error;
-use kvquant_cache::CacheError;
+use kvquant_cache::{CacheError, SessionError};
 use kvquant_calib::CalibError;
 use kvquant_eval::EvalError;
 use kvquant_kernels::dispatch::DispatchError;
@@ -52,6 +52,7 @@ pub fn is_input(e: &Error) -> bool {
             || matches!(c.downcast_ref(), Some(PullError::Unknown { .. } | PullError::NoHub { .. }))
             || matches!(c.downcast_ref(), Some(SamplingError::Parameter { .. }))
             || matches!(c.downcast_ref(), Some(ServeError::Listen { .. } | ServeError::Origin(_)))
+            || matches!(c.downcast_ref(), Some(SessionError::Damaged { .. } | SessionError::Other { .. }))
             || c.downcast_ref().is_some_and(file)
             || c.downcast_ref().is_some_and(forward)
             || matches!(c.downcast_ref(), Some(CalibError::Forward(f)) if forward(f))

@@ -9,12 +9,14 @@ mod eval;
 mod failure;
 mod generate;
 mod inspect;
+mod load_test;
 mod models;
 mod output;
 mod progress;
 mod pull;
 mod quantizers;
 mod serve;
+mod session;
 
 use std::process::ExitCode;
 
@@ -55,6 +57,10 @@ enum Command {
     Chat(chat::Args),
     /// Serve a model over HTTP, as OpenAI's API
     Serve(serve::Args),
+    /// Store the cache of a text and ask about it later
+    Session(session::Args),
+    /// Put load on a running server and report times and memory
+    LoadTest(load_test::Args),
     /// Measure the quality of caches on a text against an fp16 cache
     Eval(eval::Args),
     /// Measure the speed of caches at several depths
@@ -87,6 +93,8 @@ fn command(command: Command) -> Result<()> {
         Command::Generate(a) => generate::run(a),
         Command::Chat(a) => chat::run(a),
         Command::Eval(a) => eval::run(a),
+        Command::Session(a) => session::run(a),
+        Command::LoadTest(a) => load_test::run(a),
         Command::Serve(a) => serve::run(a),
         Command::Bench(a) => bench::run(a),
         Command::Ablate(a) => ablate::run(a),

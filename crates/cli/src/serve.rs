@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
+use kvquant_cache::SessionIdentity;
 use kvquant_quant::pack::BLOCK_TOKENS;
 use kvquant_quant::{Quantizer, Spec};
-use kvquant_server::{HttpOptions, Limits, Loaded, Served, prefixes};
+use kvquant_server::{HttpOptions, Limits, Loaded, Served};
 use sha2::{Digest, Sha256};
 use tracing_subscriber::EnvFilter;
 
@@ -70,6 +71,9 @@ pub struct Args {
     /// Origin whose pages may use the server, such as https://example.org; may be given several times
     #[arg(long = "cors-origin", value_name = "ORIGIN", env = "KVQUANT_CORS_ORIGIN", value_delimiter = ',')]
     cors_origins: Vec<String>,
+    /// Folder of stored prefixes: those that fit are used, and clients may save more (/v1/sessions)
+    #[arg(long, value_name = "DIR", env = "KVQUANT_SESSION_DIR")]
+    session_dir: Option<PathBuf>,
     /// How long answers may go on after the signal to end
     #[arg(long, value_name = "N", default_value_t = 30, env = "KVQUANT_GRACE_SECONDS")]
     grace_seconds: u64,
@@ -113,15 +117,15 @@ impl FromStr for Size {
 }
 
 /// What stands for a kind of cache: weights, spec, and the fit that the spec uses.
-pub fn identity(model: &kvquant_model::Model, spec: &Spec, quantizer: Option<&Quantizer>) -> Result<prefixes::Key> {
+pub fn identity(model: &kvquant_model::Model, spec: &Spec, quantizer: Option<&Quantizer>) -> Result<SessionIdentity> {
     let fit = match quantizer {
         Some(q) if spec.needs_fit() => {
             let only = Quantizer { fits: vec![q.fit(spec)?.clone()], ..q.clone() };
-            Sha256::digest(only.to_bytes()?).to_vec()
+            Sha256::digest(only.to_bytes()?).iter().map(|b| format!("{b:02x}")).collect()
         }
-        _ => Vec::new(),
+        _ => String::new(),
     };
-    Ok(prefixes::root(&[model.weights_sha256().as_bytes(), spec.to_string().as_bytes(), &fit]))
+    Ok(SessionIdentity { weights_sha256: model.weights_sha256(), quantizer_sha256: fit, spec: spec.to_string() })
 }
 
 fn load(args: &Args) -> Result<(Served, kvquant_model::ChatTemplate, Limits)> {
@@ -199,7 +203,7 @@ pub fn run(args: Args) -> Result<()> {
         default_max_tokens: args.default_max_tokens,
         grace: Duration::from_secs(args.grace_seconds),
         model_name: args.name.clone().unwrap_or(name),
-        session_dir: None,
+        session_dir: args.session_dir.clone(),
     };
     let ready = |address: std::net::SocketAddr| {
         tracing::info!(%address, "ready");

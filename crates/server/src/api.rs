@@ -11,4 +11,4 @@ mod request;
 
 pub use answer::{Answer, Chunks, Kind};
 pub use error::ApiError;
-pub use request::{ChatRequest, CompletionRequest, Input, Plan, TokenizeRequest, parse};
+pub use request::{ChatRequest, CompletionRequest, Input, Plan, SessionRequest, TokenizeRequest, parse};

@@ -20,13 +20,14 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
-use kvquant_cache::{Cache, Prefill};
+use kvquant_cache::{Cache, Prefill, SessionIdentity};
 use kvquant_model::{ForwardError, Logits, Model, Step, Tokenizer};
 use kvquant_quant::pack::BLOCK_TOKENS;
 use rayon::prelude::*;
 
 use crate::metrics::Metrics;
-use crate::prefixes::{Key, Prefixes};
+use crate::prefixes::{Key, Prefixes, root};
+use crate::sessions::Sessions;
 use crate::stats::{SequenceStats, Stats};
 use command::{Command, Shared};
 pub use command::{Engine, Event, Failure, Job, Refused, TokenInfo, Usage};
@@ -42,8 +43,16 @@ pub struct Served {
     pub tokenizer: Arc<Tokenizer>,
     /// An empty cache of the kind that every sequence gets.
     pub empty: Cache,
-    /// What stands for weights, spec and quantizer.
-    pub identity: Key,
+    /// Hashes of weights and quantizer, and the spec.
+    pub identity: SessionIdentity,
+}
+
+impl Served {
+    /// The key of an empty text in this kind of cache.
+    pub fn root(&self) -> Key {
+        let id = &self.identity;
+        root(&[id.weights_sha256.as_bytes(), id.quantizer_sha256.as_bytes(), id.spec.as_bytes()])
+    }
 }
 
 /// Bounds of the engine.
@@ -76,6 +85,8 @@ struct Worker {
     waiting: VecDeque<(Job, Instant)>,
     running: Vec<Sequence>,
     prefixes: Prefixes,
+    root: Key,
+    sessions: Option<Arc<Sessions>>,
     /// The sequence whose prompt got the last chunk.
     turn: u64,
     next_id: u64,
@@ -91,11 +102,14 @@ pub fn start(
     served: Served,
     limits: Limits,
     metrics: Arc<Metrics>,
+    sessions: Option<Arc<Sessions>>,
 ) -> std::io::Result<(Engine, std::thread::JoinHandle<()>)> {
     let (sender, commands) = std::sync::mpsc::channel();
     let engine = Engine::new(sender, &served, &limits, metrics);
     let shared = engine.shared();
     let worker = Worker {
+        root: served.root(),
+        sessions,
         served,
         limits,
         commands,
@@ -254,7 +268,7 @@ impl Worker {
                 break;
             }
             left -= tokens;
-            turns[i] = Some(Turn { tokens, decode: false, logits: done + tokens == total });
+            turns[i] = Some(Turn { tokens, decode: false, logits: done + tokens == total && s.wants_answer() });
             self.turn = s.id();
         }
         turns
@@ -297,6 +311,10 @@ impl Worker {
         let sequences: Vec<SequenceStats> = self.running.iter().map(Sequence::stats).collect();
         let own: usize = self.running.iter().map(Sequence::own_bytes).sum();
         let shape = self.served.empty.shape();
+        let fp16_token_bytes = 4 * shape.layers * shape.channels();
+        let (idle, idle_bytes) = self.prefixes.idle();
+        // What an fp16 cache would hold that shares nothing: all sequences, and what is kept beside them.
+        let tokens = sequences.iter().map(|s| s.tokens).sum::<usize>() + idle * BLOCK_TOKENS;
         let stats = Stats {
             spec: self.served.empty.spec().to_string(),
             context: self.limits.context,
@@ -304,10 +322,11 @@ impl Worker {
             kv_budget_bytes: self.limits.kv_memory,
             kv_bytes: own + self.prefixes.bytes(),
             kv_reserved_bytes: self.running.iter().map(|s| s.reserved).sum(),
-            fp16_token_bytes: 4 * shape.layers * shape.channels(),
+            fp16_token_bytes,
             prefix_segments: self.prefixes.len(),
             prefix_bytes: self.prefixes.bytes(),
-            prefix_idle_bytes: self.prefixes.idle_bytes(),
+            prefix_idle_bytes: idle_bytes,
+            fp16_bytes: tokens * fp16_token_bytes,
             waiting: self.waiting.len(),
             sequences,
         };

@@ -4,6 +4,7 @@ mod app;
 mod generate;
 mod guard;
 mod plain;
+mod sessions;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -15,13 +16,14 @@ use std::time::Duration;
 use axum::Router;
 use axum::http::HeaderValue;
 use axum::middleware;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use tokio::net::TcpListener;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
 use crate::engine::{self, Limits, Served};
 use crate::metrics::Metrics;
 use crate::notify::notify;
+use crate::sessions::{Kind, Sessions};
 pub(crate) use app::{App, Ready};
 
 /// How the server meets the world.
@@ -125,9 +127,15 @@ pub async fn serve<F: Future<Output = ()> + Send + 'static>(
         () = &mut signal => return Ok(()),
     };
     let (model, tokenizer) = (served.model.clone(), served.tokenizer.clone());
-    let (engine, thread) = engine::start(served, limits.clone(), metrics).map_err(io("start the engine"))?;
+    let kind = Kind { identity: served.identity.clone(), root: served.root(), prefill_chunk: limits.prefill_chunk };
+    let sessions = match &app.options.session_dir {
+        Some(dir) => Some(Arc::new(Sessions::open(dir, kind, &served.empty).map_err(io("use the session folder"))?)),
+        None => None,
+    };
+    let (engine, thread) =
+        engine::start(served, limits.clone(), metrics, sessions.clone()).map_err(io("start the engine"))?;
     app.warm_up(&engine, &tokenizer).await?;
-    app.set_ready(Ready { engine: engine.clone(), model, tokenizer, template, limits });
+    app.set_ready(Ready { engine: engine.clone(), model, tokenizer, template, limits, sessions });
     if let Err(e) = notify("READY=1") {
         tracing::warn!(error = %e, "systemd could not be told");
     }
@@ -236,6 +244,8 @@ fn router(app: Arc<App>) -> Result<Router, ServeError> {
         .route("/v1/tokenize", post(plain::tokenize))
         .route("/v1/models", get(plain::models))
         .route("/v1/models/{model}", get(plain::model))
+        .route("/v1/sessions", get(sessions::list).post(sessions::save))
+        .route("/v1/sessions/{name}", delete(sessions::remove))
         .route("/stats", get(plain::stats))
         .route("/metrics", get(plain::metrics))
         .route("/health", get(plain::health))
@@ -250,7 +260,7 @@ fn router(app: Arc<App>) -> Result<Router, ServeError> {
         routes = routes.layer(
             CorsLayer::new()
                 .allow_origin(AllowOrigin::list(cors))
-                .allow_methods([axum::http::Method::GET, axum::http::Method::POST])
+                .allow_methods([axum::http::Method::GET, axum::http::Method::POST, axum::http::Method::DELETE])
                 .allow_headers([axum::http::header::CONTENT_TYPE, axum::http::header::AUTHORIZATION]),
         );
     }

@@ -19,6 +19,7 @@ pub mod load;
 pub mod metrics;
 pub mod notify;
 pub mod prefixes;
+pub mod sessions;
 pub mod stats;
 
 pub use engine::{Limits, Served};

@@ -97,9 +97,10 @@ impl Prefixes {
         self.entries.insert(key, Entry { segment, parent, children: 0, used: self.clock });
     }
 
-    /// Bytes that could be freed: those of segments that only the store holds.
-    pub fn idle_bytes(&self) -> usize {
-        self.entries.values().filter(|e| e.segment.holders() <= 1).map(|e| e.segment.bytes()).sum()
+    /// Segments that only the store holds, and their bytes.
+    pub fn idle(&self) -> (usize, usize) {
+        let idle = self.entries.values().filter(|e| e.segment.holders() <= 1);
+        idle.fold((0, 0), |(n, bytes), e| (n + 1, bytes + e.segment.bytes()))
     }
 
     /// Lets go of segments until `bytes` are freed or none is left that only the store holds. Returns what was freed.

@@ -19,6 +19,8 @@ pub struct Stats {
     pub kv_reserved_bytes: usize,
     /// What an fp16 cache takes for a token.
     pub fp16_token_bytes: usize,
+    /// What fp16 caches that share nothing would take for the same tokens.
+    pub fp16_bytes: usize,
     /// Blocks that are kept for later requests.
     pub prefix_segments: usize,
     /// Their bytes.

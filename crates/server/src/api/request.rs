@@ -208,6 +208,19 @@ pub struct TokenizeRequest {
     messages: Option<Vec<ChatMessage>>,
 }
 
+/// `POST /v1/sessions`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SessionRequest {
+    name: String,
+    #[serde(default)]
+    model: Option<String>,
+    #[serde(default)]
+    prompt: Option<String>,
+    #[serde(default)]
+    messages: Option<Vec<ChatMessage>>,
+}
+
 /// Reads JSON.
 ///
 /// # Errors
@@ -475,10 +488,24 @@ impl TokenizeRequest {
     /// # Errors
     /// It has no text, or two.
     pub fn input(self) -> Result<(Option<String>, Input), ApiError> {
-        match (self.prompt, self.messages) {
-            (Some(text), None) => Ok((self.model, Input::Text(text))),
-            (None, Some(messages)) => Ok((self.model, chat(messages)?)),
-            _ => Err(ApiError::invalid("prompt", "give either `prompt` or `messages`")),
-        }
+        Ok((self.model, one(self.prompt, self.messages)?))
+    }
+}
+
+impl SessionRequest {
+    /// Checks the request: the session's name, the model, and the text.
+    ///
+    /// # Errors
+    /// It has no text, or two.
+    pub fn input(self) -> Result<(String, Option<String>, Input), ApiError> {
+        Ok((self.name, self.model, one(self.prompt, self.messages)?))
+    }
+}
+
+fn one(prompt: Option<String>, messages: Option<Vec<ChatMessage>>) -> Result<Input, ApiError> {
+    match (prompt, messages) {
+        (Some(text), None) => Ok(Input::Text(text)),
+        (None, Some(messages)) => chat(messages),
+        _ => Err(ApiError::invalid("prompt", "give either `prompt` or `messages`")),
     }
 }

@@ -27,7 +27,7 @@ impl Worker {
                     break;
                 }
                 // Alone, and what it shares is in its own way.
-                found = Found { segments: Vec::new(), parent: self.served.identity };
+                found = Found { segments: Vec::new(), parent: self.root };
                 need = self.need(total, &found);
                 if !self.make_room(need) {
                     tracing::error!(need, budget = self.limits.kv_memory, "a request that fits the budget has no room");
@@ -66,6 +66,24 @@ impl Worker {
         self.served.empty.bytes_for(total - shared.min(total))
     }
 
+    /// A block of a session on disk, if memory has room for it.
+    fn restore(&mut self, key: Key, parent: Key) -> Option<Segment> {
+        let sessions = self.sessions.clone()?;
+        let (name, file, i) = sessions.find(&key)?;
+        match file.segment(&self.served.empty, i) {
+            Ok(segment) => {
+                let segment = segment?;
+                self.make_room(segment.bytes()).then(|| self.prefixes.insert(key, parent, segment.clone()))?;
+                Some(segment)
+            }
+            Err(e) => {
+                tracing::error!(session = name, error = %e, "no longer used; its text is read anew");
+                sessions.forget(&name);
+                None
+            }
+        }
+    }
+
     fn make_room(&mut self, need: usize) -> bool {
         let reserved: usize = self.running.iter().map(|s| s.reserved).sum();
         let missing = (self.prefixes.bytes() + reserved + need).saturating_sub(self.limits.kv_memory);
@@ -75,15 +93,17 @@ impl Worker {
     /// The longest beginning of the prompt that is kept, up to a position at which chunks end. At least one token is
     /// left, so that there are logits.
     fn find(&mut self, prompt: &[u32]) -> Found {
-        let empty = &self.served.empty;
-        let (mut segments, mut keys) = (Vec::new(), vec![self.served.identity]);
+        let empty = self.served.empty.fresh();
+        let (mut segments, mut keys) = (Vec::new(), vec![self.root]);
         loop {
             let (from, to) = (empty.segment_tokens(segments.len()), empty.segment_tokens(segments.len() + 1));
             if to >= prompt.len() {
                 break;
             }
             let next = key(&keys[segments.len()], &prompt[from..to]);
-            let Some(segment) = self.prefixes.get(&next) else { break };
+            let Some(segment) = self.prefixes.get(&next).or_else(|| self.restore(next, keys[segments.len()])) else {
+                break;
+            };
             segments.push(segment);
             keys.push(next);
         }

@@ -23,7 +23,7 @@ pub struct Job {
     pub prompt: Vec<u32>,
     /// How tokens are drawn.
     pub sampling: SamplingParams,
-    /// New tokens at most, at least one.
+    /// New tokens at most; 0: only the prompt is run, and its cache comes back.
     pub max_tokens: usize,
     /// Texts that end the answer.
     pub stop: Vec<String>,
@@ -68,6 +68,8 @@ pub enum Event {
         /// Its tokens, where log probabilities were asked for.
         tokens: Vec<TokenInfo>,
     },
+    /// The end of a job without new tokens: the cache of its prompt.
+    Read(Box<Cache>),
     /// The end.
     Done {
         /// Why.

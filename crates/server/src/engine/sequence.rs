@@ -140,6 +140,11 @@ impl Sequence {
         (self.cache.len(), self.job.prompt.len())
     }
 
+    /// Whether the last token of the prompt needs logits.
+    pub(super) fn wants_answer(&self) -> bool {
+        self.job.max_tokens > 0
+    }
+
     pub(super) fn step(&mut self, turn: Turn) -> Step<'_> {
         let at = self.cache.len();
         let tokens = if turn.decode { &self.next[..] } else { &self.job.prompt[at..at + turn.tokens] };
@@ -156,6 +161,10 @@ impl Sequence {
             Ok(Some((id, self.job.logprobs.map(|n| logprobs(&logits, id, n)))))
         });
         match drawn {
+            Ok(None) if self.cache.len() == self.job.prompt.len() && !self.wants_answer() => {
+                let _ = self.job.events.send(Event::Read(Box::new(self.cache.fork())));
+                true
+            }
             Ok(None) => false,
             Ok(Some((id, logprobs))) => self.accept(id, logprobs, tokenizer),
             Err(failure) => {

@@ -12,6 +12,7 @@ use super::{HttpOptions, ServeError};
 use crate::api::{ApiError, Input};
 use crate::engine::{Engine, Event, Job, Limits};
 use crate::metrics::Metrics;
+use crate::sessions::Sessions;
 
 /// A model that answers.
 #[derive(Debug)]
@@ -21,6 +22,7 @@ pub(crate) struct Ready {
     pub tokenizer: Arc<Tokenizer>,
     pub template: ChatTemplate,
     pub limits: Limits,
+    pub sessions: Option<Arc<Sessions>>,
 }
 
 /// The server's state.

@@ -33,7 +33,7 @@ pub(super) async fn completion(State(app): State<Arc<App>>, request: Request) ->
 async fn answer(app: &Arc<App>, plan: Plan) -> Result<Response, ApiError> {
     let ready = app.ready()?;
     known(app, &plan.model)?;
-    let prompt = tokens(app, &plan).await?;
+    let prompt = tokens(app, plan.input.clone()).await?;
     let max_tokens = room(app, ready, &plan, prompt.len())?;
     let answer = Answer::new(plan.kind, app.options.model_name.clone());
     let (events, mut from) = unbounded_channel();
@@ -71,19 +71,19 @@ async fn answer(app: &Arc<App>, plan: Plan) -> Result<Response, ApiError> {
                 return Ok(Json(answer.whole(&text, tokens, reason, usage, &tokenizer)).into_response());
             }
             Some(Event::Failed(failure)) => return Err(failure.into()),
-            Some(Event::Started { .. }) => {}
+            Some(_) => {}
             None => return Err(gone()),
         }
     }
 }
 
-fn gone() -> ApiError {
+pub(super) fn gone() -> ApiError {
     ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "engine_gone", "the engine ended; see the server's log")
 }
 
 /// The prompt's tokens. A long text takes a while: not on a thread that others' streams need.
-async fn tokens(app: &Arc<App>, plan: &Plan) -> Result<Vec<u32>, ApiError> {
-    let (app, input): (Arc<App>, Input) = (app.clone(), plan.input.clone());
+pub(super) async fn tokens(app: &Arc<App>, input: Input) -> Result<Vec<u32>, ApiError> {
+    let app = app.clone();
     let encoded = tokio::task::spawn_blocking(move || app.ready()?.tokens(&input)).await;
     let tokens = encoded.map_err(|_| {
         ApiError::new(
@@ -172,7 +172,7 @@ impl Streaming {
                 self.end(last);
             }
             Some(Event::Failed(failure)) => self.end(vec![ApiError::from(failure).body()]),
-            Some(Event::Started { .. }) => {}
+            Some(_) => {}
             None => self.end(vec![gone().body()]),
         }
     }
