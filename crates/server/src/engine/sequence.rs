@@ -198,15 +198,15 @@ impl Sequence {
             }
         };
         let text = self.text.ready(stop.is_some()).to_owned();
-        let mut here = true;
         if !text.is_empty() || (stop.is_some() && !self.held.is_empty()) {
-            here = self.job.events.send(Event::Text { text, tokens: std::mem::take(&mut self.held) }).is_ok();
+            // Whether somebody listens is asked before each pass.
+            let _ = self.job.events.send(Event::Text { text, tokens: std::mem::take(&mut self.held) });
         }
         if let Some(reason) = stop {
             let usage = Usage { prompt: self.job.prompt.len(), cached: self.cached, completion: self.generated };
             let _ = self.job.events.send(Event::Done { reason, usage });
         }
-        stop.is_some() || !here
+        stop.is_some()
     }
 
     /// The next whole block of the prompt, with its key and the key of what lies before.
