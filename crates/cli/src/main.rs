@@ -7,6 +7,7 @@ mod demo;
 mod eval;
 mod failure;
 mod generate;
+mod gpu_check;
 mod inspect;
 mod models;
 mod output;
@@ -53,6 +54,8 @@ enum Command {
     Chat(chat::Args),
     /// Measure the quality of caches on a text against an fp16 cache
     Eval(eval::Args),
+    /// Check the GPU kernels against the CPU and measure them
+    GpuCheck(gpu_check::Args),
     /// Measure the method part by part (the paper's ablations) and write a report
     Ablate(ablate::Args),
 }
@@ -77,6 +80,7 @@ fn command(command: Command) -> Result<()> {
         Command::Generate(a) => generate::run(a),
         Command::Chat(a) => chat::run(a),
         Command::Eval(a) => eval::run(a),
+        Command::GpuCheck(a) => gpu_check::run(a),
         Command::Ablate(a) => ablate::run(a),
     }
 }

@@ -1,5 +1,5 @@
 // New tokens to codes. `ranges` finds each token's value scale and the bounds of its outliers; `append` quantizes and packs
-// them, a warp for one KV head's keys or values in one block. Codes, scales and outliers are those of
+// them, a block of threads for one KV head's keys or values in one block of tokens, a warp for 16 channels. Codes, scales and outliers are those of
 // kvquant_quant::SideQuantizer, bit for bit: every product and sum is rounded by itself.
 // CHANNELS = kv_heads * head_dim.
 
@@ -155,12 +155,12 @@ struct AppendArgs {
   u32 keep;              // whether keys beyond the thresholds are kept apart
 };
 
-// grid: (blocks touched, kv_heads, 2)
-extern "C" __global__ void __launch_bounds__(32) append(const AppendArgs a) {
+// grid: (blocks touched, kv_heads, 2), a warp for 16 channels
+extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a) {
   constexpr int POSTS = 1 << BITS;
   __shared__ u32 list[OPEN_OUTLIERS];
   __shared__ u32 count, greatest, from;
-  const u32 lane = lane_id(), g = lane / 4, tq = lane % 4, head = blockIdx.y, side = blockIdx.z, kv_heads = gridDim.y;
+  const u32 lane = lane_id(), warp = threadIdx.x / 32, g = lane / 4, tq = lane % 4, head = blockIdx.y, side = blockIdx.z, kv_heads = gridDim.y;
   const u32 block = a.first / 64 + blockIdx.x;
   const u32 t0 = blockIdx.x == 0 ? a.first % 64 : 0, t1 = min(64, a.first + a.tokens - block * 64);
   // Of token 0 of the block; used for tokens from t0 on.
@@ -170,10 +170,10 @@ extern "C" __global__ void __launch_bounds__(32) append(const AppendArgs a) {
   u32* const header = (u32*)(record + header_at(kv_heads, head)) + 2 * side;
   u32* const open = a.open + (head * 2 + side) * OPEN_OUTLIERS;
   const u32 before = t0 ? header[1] & 0xffff : 0;
-  if (lane == 0) count = before, greatest = t0 ? header[1] >> 16 : 0;
+  if (threadIdx.x == 0) count = before, greatest = t0 ? header[1] >> 16 : 0;
   if (t1 == 64)
-    for (u32 i = lane; i < before; i += 32) list[i] = open[i];
-  __syncwarp();
+    for (u32 i = threadIdx.x; i < before; i += DIM * 2) list[i] = open[i];
+  __syncthreads();
   auto keep = [&](u32 c, u32 t, float exact, float dense) {
     const float residual = __fsub_rn(exact, dense);
     if (!(fabsf(residual) <= 65504.0f)) atomicMax(a.status, 4u);
@@ -181,8 +181,8 @@ extern "C" __global__ void __launch_bounds__(32) append(const AppendArgs a) {
     atomicMax(&greatest, bits & 0x7fff);
     if (at < OPEN_OUTLIERS) list[at] = outlier_word(c, t, bits);
   };
-#pragma unroll 1
-  for (u32 group = 0; group < DIM / 16; group++) {
+  {
+    const u32 group = warp;
     u32 w[BITS];
 #pragma unroll
     for (int i = 0; i < BITS; i++) w[i] = t0 ? *(const u32*)(unit + word_byte(lane, group * BITS + i)) : 0;
@@ -243,24 +243,24 @@ extern "C" __global__ void __launch_bounds__(32) append(const AppendArgs a) {
 #pragma unroll
     for (int i = 0; i < BITS; i++) *(u32*)(unit + word_byte(lane, group * BITS + i)) = w[i];
   }
-  __syncwarp();
+  __syncthreads();
   u32 n = count;
   if (n > OPEN_OUTLIERS) {
-    if (lane == 0) atomicMax(a.status, 2u);
+    if (threadIdx.x == 0) atomicMax(a.status, 2u);
     n = OPEN_OUTLIERS;
   }
   if (t1 == 64) {
-    if (lane == 0) {
+    if (threadIdx.x == 0) {
       const u32 room = (n + 3) / 4 * 4;
       from = atomicAdd(a.top, room);
       if (from + room > a.arena_size || from + room < from) atomicMax(a.status, 3u), from = 0xffffffffu;
     }
-    __syncwarp();
+    __syncthreads();
     if (from == 0xffffffffu) n = 0;
-    for (u32 i = lane; i < n; i += 32) a.arena[from + i] = list[i];
-    if (lane == 0) header[0] = n ? from : 0, header[1] = n | greatest << 16;
+    for (u32 i = threadIdx.x; i < n; i += DIM * 2) a.arena[from + i] = list[i];
+    if (threadIdx.x == 0) header[0] = n ? from : 0, header[1] = n | greatest << 16;
   } else {
-    for (u32 i = before + lane; i < n; i += 32) open[i] = list[i];
-    if (lane == 0) header[0] = IN_OPEN | (head * 2 + side) * OPEN_OUTLIERS, header[1] = n | greatest << 16;
+    for (u32 i = before + threadIdx.x; i < n; i += DIM * 2) open[i] = list[i];
+    if (threadIdx.x == 0) header[0] = IN_OPEN | (head * 2 + side) * OPEN_OUTLIERS, header[1] = n | greatest << 16;
   }
 }
