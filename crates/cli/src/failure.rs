@@ -4,6 +4,7 @@
 use anyhow::Error;
 use kvquant_cache::{CacheError, SessionError};
 use kvquant_calib::CalibError;
+use kvquant_cuda::CudaError;
 use kvquant_eval::EvalError;
 use kvquant_kernels::dispatch::DispatchError;
 use kvquant_model::ForwardError;
@@ -49,6 +50,10 @@ pub fn is_input(e: &Error) -> bool {
             || c.is::<TokenizerError>()
             || c.is::<TemplateError>()
             || c.is::<DispatchError>()
+            || matches!(
+                c.downcast_ref(),
+                Some(CudaError::NoDriver | CudaError::NoDevice { .. } | CudaError::NoCompiler { .. })
+            )
             || matches!(c.downcast_ref(), Some(PullError::Unknown { .. } | PullError::NoHub { .. }))
             || matches!(c.downcast_ref(), Some(SamplingError::Parameter { .. }))
             || matches!(c.downcast_ref(), Some(ServeError::Listen { .. } | ServeError::Origin(_)))

@@ -8,6 +8,7 @@ mod demo;
 mod eval;
 mod failure;
 mod generate;
+mod gpu_check;
 mod inspect;
 mod load_test;
 mod models;
@@ -65,6 +66,8 @@ enum Command {
     Eval(eval::Args),
     /// Measure the speed of caches at several depths
     Bench(bench::Args),
+    /// Check the GPU kernels against the CPU and measure them
+    GpuCheck(gpu_check::Args),
     /// Measure the method part by part (the paper's ablations) and write a report
     Ablate(ablate::Args),
 }
@@ -97,6 +100,7 @@ fn command(command: Command) -> Result<()> {
         Command::LoadTest(a) => load_test::run(a),
         Command::Serve(a) => serve::run(a),
         Command::Bench(a) => bench::run(a),
+        Command::GpuCheck(a) => gpu_check::run(a),
         Command::Ablate(a) => ablate::run(a),
     }
 }

@@ -25,6 +25,6 @@ pub use codebook::{normal_float, uniform};
 pub use file::{FileError, Fingerprint, Fit, LayerFit, Provenance, Quantizer, SideFit};
 pub use lut::{Lut, TOP, Table};
 pub use mixed::MixedFit;
-pub use side::{Outlier, QuantError, Side, SideQuantizer, TokenCodes, fits_half};
+pub use side::{Outlier, QuantError, Rule, Side, SideQuantizer, TokenCodes, fits_half};
 pub use spec::{CodebookKind, CodedSpec, FisherWeights, KeyStage, Scope, Spec, SpecError};
 pub use whole::{write_whole, write_whole_with};

@@ -105,6 +105,31 @@ pub enum QuantError {
     },
 }
 
+/// How a side's codes and outliers are chosen, for quantizers on other hardware.
+#[derive(Debug, Clone, Copy)]
+pub enum Rule<'a> {
+    /// By thresholds of each channel.
+    Channel {
+        /// Below it a value is an outlier `[C]`.
+        lower: &'a [f32],
+        /// Above it a value is an outlier `[C]`.
+        upper: &'a [f32],
+        /// A code is how many of its channel's bounds lie below the value `[2^bits - 1][C]`.
+        bounds: &'a [Vec<f32>],
+        /// Whether outliers are kept apart.
+        keep_outliers: bool,
+    },
+    /// By the range of the whole token, with a zero point.
+    Token {
+        /// Outliers on each side.
+        extremes: usize,
+        /// A code is how many of these lie below `(value - zero) / scale`.
+        middles: &'a [f32],
+    },
+    /// Groups of channels, or mixed widths.
+    Other,
+}
+
 /// The largest finite fp16 number.
 const F16_MAX: f32 = 65504.0;
 
@@ -119,6 +144,8 @@ pub struct SideQuantizer {
     channels: usize,
     /// Signposts to encode with, sorted.
     encode: Vec<f32>,
+    /// Signposts to decode with, in normalised units; empty for mixed widths.
+    decode: Vec<f32>,
     /// Midpoints between them; a value takes the lower signpost up to and including the midpoint.
     middles: Vec<f32>,
     lut: Lut,
@@ -199,16 +226,18 @@ impl SideQuantizer {
                 let extremes = if spec.outliers == 0 { 0 } else { spec.outliers as usize * channels / 20_000 + 1 };
                 (
                     Ranges::Token { group: channels, extremes: extremes.min(channels / 2), zero_point: true },
-                    vec![decode],
+                    vec![decode.clone()],
                 )
             }
             Scope::Group(group) if group == 0 || !channels.is_multiple_of(group) => {
                 return Err(QuantError::Group { group, channels });
             }
-            Scope::Group(group) => (Ranges::Token { group, extremes: 0, zero_point: spec.zero_point }, vec![decode]),
+            Scope::Group(group) => {
+                (Ranges::Token { group, extremes: 0, zero_point: spec.zero_point }, vec![decode.clone()])
+            }
         };
         let lut = Lut::uniform(&table, scope == Scope::Channel, channels, spec.bits);
-        Ok(SideQuantizer { channels, encode, middles, lut, ranges })
+        Ok(SideQuantizer { channels, encode, decode, middles, lut, ranges })
     }
 
     fn mixed(fit: &SideFit, mixed: &MixedFit, head_dim: usize) -> Self {
@@ -222,7 +251,25 @@ impl SideQuantizer {
             middles.push((0..last).map(|i| dense(i) + (dense(i + 1) - dense(i)) / 2.0).collect());
         }
         let ranges = Ranges::Mixed { lower: fit.lower.clone(), upper: fit.upper.clone(), places, middles };
-        SideQuantizer { channels, encode: Vec::new(), middles: Vec::new(), lut, ranges }
+        SideQuantizer { channels, encode: Vec::new(), decode: Vec::new(), middles: Vec::new(), lut, ranges }
+    }
+
+    /// Signposts to decode with, in normalised units; empty for mixed widths.
+    pub fn signposts(&self) -> &[f32] {
+        &self.decode
+    }
+
+    /// How codes and outliers are chosen.
+    pub fn rule(&self) -> Rule<'_> {
+        match &self.ranges {
+            Ranges::Channel { lower, upper, bounds, keep_outliers } => {
+                Rule::Channel { lower, upper, bounds, keep_outliers: *keep_outliers }
+            }
+            Ranges::Token { group, extremes, zero_point: true } if *group == self.channels => {
+                Rule::Token { extremes: *extremes, middles: &self.middles }
+            }
+            _ => Rule::Other,
+        }
     }
 
     /// The decode table.

@@ -1,0 +1,266 @@
+// New tokens to codes. `ranges` finds each token's value scale and the bounds of its outliers; `append` quantizes and packs
+// them, a block of threads for one KV head's keys or values in one block of tokens, a warp for 16 channels. Codes, scales and outliers are those of
+// kvquant_quant::SideQuantizer, bit for bit: every product and sum is rounded by itself.
+// CHANNELS = kv_heads * head_dim.
+
+// A token's values: an entry is an outlier if its (rank, channel) is at most (low, low_at), or its rank is above `high`,
+// or equal to it at a channel up to high_at.
+struct Range {
+  u32 low, high;
+  int low_at, high_at;
+  u32 scale;  // fp16 scale | fp16 zero << 16
+};
+
+#define RANGE_THREADS 256
+#define EACH ((CHANNELS + RANGE_THREADS - 1) / RANGE_THREADS)
+
+// Sums over the block, for two counts at once; `turn` alternates so that one barrier is enough.
+FN uint2 block_sum(u32 a, u32 b, uint2 (*parts)[RANGE_THREADS / 32], u32 turn) {
+  a = __reduce_add_sync(WARP, a), b = __reduce_add_sync(WARP, b);
+  if (lane_id() == 0) parts[turn][threadIdx.x / 32] = make_uint2(a, b);
+  __syncthreads();
+  uint2 s = make_uint2(0, 0);
+  for (int i = 0; i < RANGE_THREADS / 32; i++) s.x += parts[turn][i].x, s.y += parts[turn][i].y;
+  return s;
+}
+
+// The channel of the n-th entry (from 1) that a thread flags, in order of channels; -1 for n = 0.
+FN int nth_flagged(u32 flags, u32 n, u32* shared, int* found) {
+  const u32 lane = lane_id(), warp = threadIdx.x / 32, mine = __popc(flags);
+  u32 before = mine;
+  for (int i = 1; i < 32; i *= 2) {
+    u32 other = __shfl_up_sync(WARP, before, i);
+    if (lane >= i) before += other;
+  }
+  if (lane == 31) shared[warp] = before;
+  if (threadIdx.x == 0) *found = -1;
+  __syncthreads();
+  before -= mine;
+  for (u32 i = 0; i < warp; i++) before += shared[i];
+  if (n > before && n <= before + mine) {
+    u32 left = n - before;
+    for (int i = 0; i < EACH; i++)
+      if (flags >> i & 1 && --left == 0) *found = (int)(threadIdx.x * EACH + i);
+  }
+  __syncthreads();
+  const int at = *found;
+  __syncthreads();
+  return at;
+}
+
+extern "C" __global__ void __launch_bounds__(RANGE_THREADS) ranges(const float* values, Range* out, u32 extremes, u32* status) {
+  static_assert(EACH <= 32, "flags of a thread fit a word");
+  __shared__ uint2 parts[2][RANGE_THREADS / 32];
+  __shared__ u32 counts[RANGE_THREADS / 32];
+  __shared__ float ends[2][RANGE_THREADS / 32];
+  __shared__ int found;
+  const float* x = values + (u64)blockIdx.x * CHANNELS;
+  u32 rank[EACH];
+  u32 real = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const u32 c = threadIdx.x * EACH + i;
+    const float v = c < CHANNELS ? x[c] : 0;
+    if (c < CHANNELS) real |= 1u << i;
+    if (!(fabsf(v) <= 65504.0f)) atomicMax(status, 1u);
+    rank[i] = rank_of(v);
+  }
+  Range r = {0, 0xffffffffu, -1, -1, 0};
+  u32 low = 0, high = 0;
+  if (extremes) {
+    // The n-th smallest rank, and of the reversed ranks the n-th smallest, bit by bit.
+    u32 a = 0, b = 0;
+    for (int bit = 31; bit >= 0; bit--) {
+      const u32 ta = a | 1u << bit, tb = b | 1u << bit;
+      u32 na = 0, nb = 0;
+#pragma unroll
+      for (int i = 0; i < EACH; i++) {
+        const bool is = real >> i & 1;
+        na += is && rank[i] < ta, nb += is && ~rank[i] < tb;
+      }
+      const uint2 n = block_sum(na, nb, parts, bit & 1);
+      if (n.x < extremes) a = ta;
+      if (n.y < extremes) b = tb;
+    }
+    u32 na = 0, nb = 0, same = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const bool is = real >> i & 1;
+      na += is && rank[i] < a, nb += is && ~rank[i] < b;
+      if (is && rank[i] == a) same |= 1u << i;
+    }
+    __syncthreads();
+    const uint2 n = block_sum(na, nb, parts, 0);
+    r.low = a, r.high = ~b;
+    r.low_at = nth_flagged(same, extremes - n.x, counts, &found);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const int c = threadIdx.x * EACH + i;
+      if (real >> i & 1 && (rank[i] < r.low || (rank[i] == r.low && c <= r.low_at))) low |= 1u << i;
+    }
+    same = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+      if (real >> i & 1 && !(low >> i & 1) && rank[i] == r.high) same |= 1u << i;
+    // Entries above `high` that are low outliers exist only where nearly all are outliers.
+    u32 both = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) both += (low >> i & 1) && rank[i] > r.high;
+    const uint2 twice = block_sum(both, 0, parts, 1);
+    r.high_at = nth_flagged(same, extremes - n.y + twice.x, counts, &found);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const int c = threadIdx.x * EACH + i;
+      if (real >> i & 1 && !(low >> i & 1) && (rank[i] > r.high || (rank[i] == r.high && c <= r.high_at))) high |= 1u << i;
+    }
+  }
+  float least = __int_as_float(0x7f800000), most = -least;
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+    if (real & ~low & ~high & 1u << i) {
+      const float v = x[threadIdx.x * EACH + i];
+      least = fminf(least, v), most = fmaxf(most, v);
+    }
+  most = warp_max(most), least = -warp_max(-least);
+  if (lane_id() == 0) ends[0][threadIdx.x / 32] = least, ends[1][threadIdx.x / 32] = most;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < RANGE_THREADS / 32; i++) least = fminf(least, ends[0][i]), most = fmaxf(most, ends[1][i]);
+    const u32 scale = float_half(__fsub_rn(__fmul_rn(most, 0.5f), __fmul_rn(least, 0.5f)));
+    const u32 zero = float_half(__fadd_rn(__fmul_rn(most, 0.5f), __fmul_rn(least, 0.5f)));
+    r.scale = scale | zero << 16;
+    out[blockIdx.x] = r;
+  }
+}
+
+struct AppendArgs {
+  const float* keys;     // [tokens][CHANNELS], before RoPE
+  const float* values;
+  const Range* ranges;   // [tokens]
+  const float* bounds;   // [2^BITS - 1][CHANNELS]: where a key's code goes up
+  const float* lower;    // [CHANNELS]
+  const float* upper;    // [CHANNELS]
+  const float* key_posts;     // [CHANNELS][2^BITS]
+  const float* value_bounds;  // [2^BITS - 1], before scale and zero
+  const float* value_posts;   // [2^BITS]
+  u8* pool;
+  const u32* table;
+  u32* arena;
+  u32* open;
+  u32* top;              // next free entry of the arena
+  u32* status;           // 0: fine, 1: not a finite fp16 number, 2: too many outliers in a unit, 3: the arena is full, 4: residual
+  u32 arena_size;
+  u32 first;             // place of the first token after the exact rows
+  u32 tokens;
+  u32 keep;              // whether keys beyond the thresholds are kept apart
+};
+
+// grid: (blocks touched, kv_heads, 2), a warp for 16 channels
+extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a) {
+  constexpr int POSTS = 1 << BITS;
+  __shared__ u32 list[OPEN_OUTLIERS];
+  __shared__ u32 count, greatest, from;
+  const u32 lane = lane_id(), warp = threadIdx.x / 32, g = lane / 4, tq = lane % 4, head = blockIdx.y, side = blockIdx.z, kv_heads = gridDim.y;
+  const u32 block = a.first / 64 + blockIdx.x;
+  const u32 t0 = blockIdx.x == 0 ? a.first % 64 : 0, t1 = min(64, a.first + a.tokens - block * 64);
+  // Of token 0 of the block; used for tokens from t0 on.
+  const long row = (long)block * 64 - a.first;
+  u8* const record = a.pool + a.table[block] * block_bytes(kv_heads);
+  u8* const unit = record + unit_at(head, side);
+  u32* const header = (u32*)(record + header_at(kv_heads, head)) + 2 * side;
+  u32* const open = a.open + (head * 2 + side) * OPEN_OUTLIERS;
+  const u32 before = t0 ? header[1] & 0xffff : 0;
+  if (threadIdx.x == 0) count = before, greatest = t0 ? header[1] >> 16 : 0;
+  if (t1 == 64)
+    for (u32 i = threadIdx.x; i < before; i += DIM * 2) list[i] = open[i];
+  __syncthreads();
+  auto keep = [&](u32 c, u32 t, float exact, float dense) {
+    const float residual = __fsub_rn(exact, dense);
+    if (!(fabsf(residual) <= 65504.0f)) atomicMax(a.status, 4u);
+    const u32 bits = float_half(residual), at = atomicAdd(&count, 1u);
+    atomicMax(&greatest, bits & 0x7fff);
+    if (at < OPEN_OUTLIERS) list[at] = outlier_word(c, t, bits);
+  };
+  {
+    const u32 group = warp;
+    u32 w[BITS];
+#pragma unroll
+    for (int i = 0; i < BITS; i++) w[i] = t0 ? *(const u32*)(unit + word_byte(lane, group * BITS + i)) : 0;
+    auto put = [&](int n, int half, u32 code) {
+      const int at = n * 2 * BITS + half * BITS;
+      w[at / 32] |= code << at % 32;
+      if (at % 32 + BITS > 32) w[at / 32 + 1 < BITS ? at / 32 + 1 : 0] |= code >> (32 - at % 32);
+    };
+    if (side == 0) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const u32 c = group * 16 + tq * 4 + i, all = head * DIM + c;
+        float bound[POSTS - 1];
+#pragma unroll
+        for (int m = 0; m < POSTS - 1; m++) bound[m] = a.bounds[m * CHANNELS + all];
+        const float lower = a.lower[all], upper = a.upper[all];
+#pragma unroll
+        for (int r = 0; r < 8; r++) {
+          const u32 t = r * 8 + g;
+          if (t >= t0 && t < t1) {
+            const float x = a.keys[(row + t) * CHANNELS + all];
+            if (!(fabsf(x) <= 65504.0f)) atomicMax(a.status, 1u);
+            u32 code = 0;
+#pragma unroll
+            for (int m = 0; m < POSTS - 1; m++) code += x > bound[m];
+            put(r * 2 + i % 2, i / 2, code);
+            if (a.keep && (x < lower || x > upper)) keep(c, t, x, a.key_posts[all * POSTS + code]);
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        const u32 t = tq * 16 + i;
+        if (t >= t0 && t < t1) {
+          const Range range = a.ranges[row + t];
+          const float scale = low_float(range.scale), zero = high_float(range.scale);
+          const float inverse = scale != 0 ? __fdiv_rn(1.0f, scale) : 0;
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            const u32 c = group * 16 + r * 8 + g, all = head * DIM + c;
+            const float x = a.values[(row + t) * CHANNELS + all];
+            const float y = __fmul_rn(__fsub_rn(x, zero), inverse);
+            u32 code = 0;
+#pragma unroll
+            for (int m = 0; m < POSTS - 1; m++) code += y > a.value_bounds[m];
+            put(i / 4 * 4 + i / 2 % 2 * 2 + r, i % 2, code);
+            const u32 rank = rank_of(x);
+            const bool low = rank < range.low || (rank == range.low && (int)all <= range.low_at);
+            if (low || rank > range.high || (rank == range.high && (int)all <= range.high_at))
+              keep(c, t, x, __fadd_rn(__fmul_rn(scale, a.value_posts[code]), zero));
+          }
+        }
+      }
+      if (group == 0 && head == 0)
+        for (u32 t = t0 + lane; t < t1; t += 32) ((u32*)(record + scales_at(kv_heads)))[t] = a.ranges[row + t].scale;
+    }
+#pragma unroll
+    for (int i = 0; i < BITS; i++) *(u32*)(unit + word_byte(lane, group * BITS + i)) = w[i];
+  }
+  __syncthreads();
+  u32 n = count;
+  if (n > OPEN_OUTLIERS) {
+    if (threadIdx.x == 0) atomicMax(a.status, 2u);
+    n = OPEN_OUTLIERS;
+  }
+  if (t1 == 64) {
+    if (threadIdx.x == 0) {
+      const u32 room = (n + 3) / 4 * 4;
+      from = atomicAdd(a.top, room);
+      if (from + room > a.arena_size || from + room < from) atomicMax(a.status, 3u), from = 0xffffffffu;
+    }
+    __syncthreads();
+    if (from == 0xffffffffu) n = 0;
+    for (u32 i = threadIdx.x; i < n; i += DIM * 2) a.arena[from + i] = list[i];
+    if (threadIdx.x == 0) header[0] = n ? from : 0, header[1] = n | greatest << 16;
+  } else {
+    for (u32 i = before + threadIdx.x; i < n; i += DIM * 2) open[i] = list[i];
+    if (threadIdx.x == 0) header[0] = IN_OPEN | (head * 2 + side) * OPEN_OUTLIERS, header[1] = n | greatest << 16;
+  }
+}

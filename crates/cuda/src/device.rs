@@ -1,0 +1,304 @@
+//! A card: memory, launches, time.
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use bytemuck::Pod;
+use cudarc::driver::sys::{
+    CUdevice_attribute_enum as Attribute, CUevent_flags_enum, CUfunction_attribute_enum, is_culib_present,
+};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+};
+use cudarc::nvrtc::Ptx;
+
+use crate::CudaError;
+use crate::error::During;
+use crate::modules::{Build, Modules};
+
+/// Memory of a card.
+pub struct Buffer {
+    slice: CudaSlice<u8>,
+}
+
+impl Buffer {
+    /// Where it lies.
+    pub(crate) fn at(&self) -> u64 {
+        // One stream does everything, so nothing needs to be waited for.
+        self.slice.device_ptr(self.slice.stream()).0
+    }
+
+    /// Bytes.
+    pub fn bytes(&self) -> usize {
+        self.slice.len()
+    }
+}
+
+/// What the driver tells of a card.
+#[derive(Debug, Clone)]
+pub struct Info {
+    /// The vendor's name.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (u32, u32),
+    /// What kernels are compiled for.
+    pub arch: String,
+    /// Multiprocessors.
+    pub processors: usize,
+    /// Shared memory of a block of threads, at most.
+    pub shared: usize,
+    /// Second-level cache.
+    pub cache: usize,
+    /// Memory.
+    pub memory: usize,
+}
+
+/// One card.
+pub struct Device {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    modules: Modules,
+    loaded: Mutex<HashMap<(String, &'static str), CudaFunction>>,
+    info: Info,
+}
+
+/// An argument of a kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Arg {
+    Word(u32),
+    Long(u64),
+    Float(f32),
+}
+
+/// How many cards the driver sees; 0 without a driver.
+pub fn count() -> usize {
+    // SAFETY: only looks whether the driver's library can be loaded; its initializers need nothing from us.
+    if !unsafe { is_culib_present() } {
+        return 0;
+    }
+    CudaContext::device_count().map_or(0, |n| n.max(0) as usize)
+}
+
+impl Device {
+    /// Opens a card.
+    ///
+    /// # Errors
+    /// No driver, or no such card.
+    pub fn open(ordinal: usize, modules: Modules) -> Result<Self, CudaError> {
+        // SAFETY: as in `count`.
+        if !unsafe { is_culib_present() } {
+            return Err(CudaError::NoDriver);
+        }
+        cudarc::driver::result::init().during("start the driver")?;
+        let count = CudaContext::device_count().during("count GPUs")?.max(0) as usize;
+        if ordinal >= count {
+            return Err(CudaError::NoDevice { ordinal, count });
+        }
+        let context = CudaContext::new(ordinal).during("open the GPU")?;
+        // SAFETY: one stream does everything in order, so buffers need no events that order streams.
+        unsafe { context.disable_event_tracking() };
+        let number = |a| context.attribute(a).map(|n| n.max(0) as usize).during("ask for an attribute");
+        let (major, minor) = context.compute_capability().during("ask for the compute capability")?;
+        let arch = format!("sm_{major}{minor}{}", if (major, minor) == (9, 0) { "a" } else { "" });
+        if major < 8 {
+            return Err(CudaError::Unsupported {
+                what: format!("compute capability {major}.{minor}"),
+                supported: "8.0 and later",
+            });
+        }
+        let info = Info {
+            name: context.name().during("ask for the name")?,
+            capability: (major as u32, minor as u32),
+            arch,
+            processors: number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared: number(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            cache: number(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
+            memory: context.total_mem().during("ask for the memory")?,
+        };
+        let stream = context.new_stream().during("make a stream")?;
+        Ok(Device { context, stream, modules, loaded: Mutex::new(HashMap::new()), info })
+    }
+
+    /// What the driver tells.
+    pub fn info(&self) -> &Info {
+        &self.info
+    }
+
+    /// Memory that is free.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn free_memory(&self) -> Result<usize, CudaError> {
+        self.wait()?;
+        Ok(self.context.mem_get_info().during("ask for free memory")?.0)
+    }
+
+    /// Memory with every bit set: a float that is read before it is written is no number.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn poisoned(&self, bytes: usize) -> Result<Buffer, CudaError> {
+        // SAFETY: written before anything reads it.
+        let slice = unsafe { self.stream.alloc::<u8>(bytes.max(16)) }.during("take GPU memory")?;
+        let buffer = Buffer { slice };
+        // SAFETY: the range is the buffer, which outlives the operation by the order of the stream.
+        unsafe { cudarc::driver::result::memset_d8_async(buffer.at(), 0xff, buffer.bytes(), self.stream.cu_stream()) }
+            .during("fill GPU memory")?;
+        Ok(buffer)
+    }
+
+    /// Memory of zeros.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn zeros(&self, bytes: usize) -> Result<Buffer, CudaError> {
+        Ok(Buffer { slice: self.stream.alloc_zeros::<u8>(bytes.max(16)).during("take GPU memory")? })
+    }
+
+    /// A copy on the card.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn upload<T: Pod>(&self, data: &[T]) -> Result<Buffer, CudaError> {
+        let mut buffer = self.zeros(size_of_val(data))?;
+        self.write(&mut buffer, 0, data)?;
+        Ok(buffer)
+    }
+
+    /// Overwrites a part, from a byte on.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub fn write<T: Pod>(&self, buffer: &mut Buffer, from: usize, data: &[T]) -> Result<(), CudaError> {
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let mut part = buffer.slice.slice_mut(from..from + bytes.len());
+        self.stream.memcpy_htod(bytes, &mut part).during("copy to the GPU")
+    }
+
+    /// The first `n` elements.
+    ///
+    /// # Errors
+    /// The driver fails, or a kernel before this failed.
+    pub fn read<T: Pod>(&self, buffer: &Buffer, n: usize) -> Result<Vec<T>, CudaError> {
+        let mut out = vec![T::zeroed(); n];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut out);
+        let part = buffer.slice.slice(0..bytes.len());
+        self.stream.memcpy_dtoh(&part, bytes).during("copy from the GPU")?;
+        self.wait()?;
+        Ok(out)
+    }
+
+    /// Waits until all is done.
+    ///
+    /// # Errors
+    /// A kernel failed.
+    pub fn wait(&self) -> Result<(), CudaError> {
+        self.stream.synchronize().during("run kernels")
+    }
+
+    /// A function, with its right to so much shared memory.
+    pub(crate) fn function(&self, build: &Build, name: &'static str, shared: usize) -> Result<CudaFunction, CudaError> {
+        let key = (build.file(&self.info.arch), name);
+        let mut loaded = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(f) = loaded.get(&key) {
+            return Ok(f.clone());
+        }
+        let code = self.modules.get(build, &self.info.arch)?;
+        let module = self.context.load_module(Ptx::from_binary(code)).during("load a kernel")?;
+        let f = module.load_function(name).during("find a kernel")?;
+        if shared > 0 {
+            f.set_attribute(CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32)
+                .during("reserve shared memory")?;
+        }
+        loaded.insert(key, f.clone());
+        Ok(f)
+    }
+
+    /// # Safety
+    /// The kernel takes exactly these arguments, and stays within the memory that they point to.
+    pub(crate) unsafe fn launch(
+        &self,
+        f: &CudaFunction,
+        grid: [usize; 3],
+        threads: usize,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
+        let mut builder = self.stream.launch_builder(f);
+        for a in args {
+            match a {
+                Arg::Word(x) => builder.arg(x),
+                Arg::Long(x) => builder.arg(x),
+                Arg::Float(x) => builder.arg(x),
+            };
+        }
+        // SAFETY: the caller's promise.
+        unsafe { builder.launch(config(grid, threads, 0)) }.during("launch a kernel")?;
+        Ok(())
+    }
+
+    /// # Safety
+    /// The kernel takes exactly this argument, by value, and stays within the memory that it points to.
+    pub(crate) unsafe fn launch_with<A: DeviceRepr>(
+        &self,
+        f: &CudaFunction,
+        grid: [usize; 3],
+        threads: usize,
+        shared: usize,
+        args: &A,
+    ) -> Result<(), CudaError> {
+        let mut builder = self.stream.launch_builder(f);
+        builder.arg(args);
+        // SAFETY: the caller's promise.
+        unsafe { builder.launch(config(grid, threads, shared)) }.during("launch a kernel")?;
+        Ok(())
+    }
+
+    fn event(&self) -> Result<CudaEvent, CudaError> {
+        let event = self.context.new_event(Some(CUevent_flags_enum::CU_EVENT_DEFAULT)).during("make an event")?;
+        event.record(&self.stream).during("record an event")?;
+        Ok(event)
+    }
+
+    /// Seconds that a call takes: the median of `runs` timings of `each` calls in a row. Calls are numbered, so that they
+    /// can rotate over buffers.
+    ///
+    /// # Errors
+    /// A call fails.
+    pub fn time(
+        &self,
+        runs: usize,
+        each: usize,
+        mut call: impl FnMut(usize) -> Result<(), CudaError>,
+    ) -> Result<f64, CudaError> {
+        let mut n = 0;
+        let mut times = Vec::with_capacity(runs);
+        for _ in 0..each.min(2) {
+            call(n)?;
+            n += 1;
+        }
+        self.wait()?;
+        for _ in 0..runs {
+            let start = self.event()?;
+            for _ in 0..each {
+                call(n)?;
+                n += 1;
+            }
+            let end = self.event()?;
+            times.push(start.elapsed_ms(&end).during("time a kernel")? as f64 / 1e3 / each as f64);
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
+    }
+}
+
+fn config(grid: [usize; 3], threads: usize, shared: usize) -> LaunchConfig {
+    LaunchConfig {
+        grid_dim: (grid[0] as u32, grid[1] as u32, grid[2] as u32),
+        block_dim: (threads as u32, 1, 1),
+        shared_mem_bytes: shared as u32,
+    }
+}

@@ -1,0 +1,100 @@
+//! The base line: an fp16 cache, decoded by a kernel of the same shape.
+#![allow(unsafe_code)]
+
+use cudarc::driver::DeviceRepr;
+
+use crate::CudaError;
+use crate::device::{Buffer, Device};
+use crate::layer::{Parts, Rows, choose_splits, store_rows};
+use crate::modules::{Build, group_of};
+
+/// fp16 rows `[2][kv_heads][capacity][dim]`, keys turned.
+pub struct ExactCache {
+    pub(crate) rows: Buffer,
+    pub(crate) kv_heads: usize,
+    pub(crate) dim: usize,
+    pub(crate) capacity: usize,
+    pub(crate) tokens: usize,
+}
+
+#[repr(C)]
+struct ExactArgs {
+    pointers: [u64; 4],
+    next: u64,
+    numbers: [u32; 6],
+}
+// SAFETY: plain numbers in the order of kernels/exact.cu.
+unsafe impl DeviceRepr for ExactArgs {}
+
+impl ExactCache {
+    /// Room for so many tokens.
+    ///
+    /// # Errors
+    /// Memory is short.
+    pub fn new(device: &Device, kv_heads: usize, dim: usize, capacity: usize) -> Result<Self, CudaError> {
+        let rows = device.poisoned(2 * kv_heads * capacity * dim * 2)?;
+        Ok(ExactCache { rows, kv_heads, dim, capacity, tokens: 0 })
+    }
+
+    /// Appends `[tokens][kv_heads][dim]` f32, keys turned by `angles`.
+    ///
+    /// # Errors
+    /// No room.
+    pub fn append(
+        &mut self,
+        device: &Device,
+        keys: &Buffer,
+        values: &Buffer,
+        angles: &Buffer,
+        tokens: usize,
+    ) -> Result<(), CudaError> {
+        let place = Rows { dim: self.dim, heads: self.kv_heads, first: self.tokens, capacity: self.capacity };
+        let side = (self.kv_heads * self.capacity * self.dim * 2) as u64;
+        store_rows(device, keys, Some(angles), self.rows.at(), 1.0, &place, tokens)?;
+        store_rows(device, values, None, self.rows.at() + side, 1.0, &place, tokens)?;
+        self.tokens += tokens;
+        Ok(())
+    }
+}
+
+/// Decode attention over an fp16 cache.
+pub struct ExactDecode {
+    parts: Parts,
+    group: usize,
+    heads: usize,
+}
+
+impl ExactDecode {
+    /// For so many query heads.
+    ///
+    /// # Errors
+    /// Memory is short.
+    pub fn new(device: &Device, cache: &ExactCache, heads: usize) -> Result<Self, CudaError> {
+        let group = group_of(heads / cache.kv_heads);
+        let step = 256 / cache.dim * if group > 2 { 4 } else { 8 };
+        let steps = cache.tokens.div_ceil(step);
+        let splits = choose_splits(2 * device.info().processors, heads / group, steps, 8, 2.0);
+        Ok(ExactDecode { parts: Parts::new(device, heads, splits, cache.dim)?, group, heads })
+    }
+
+    /// Attention of one token: `q` and `out` `[heads][dim]` f32.
+    ///
+    /// # Errors
+    /// The card fails.
+    pub fn decode(&self, device: &Device, cache: &ExactCache, q: &Buffer, out: &Buffer) -> Result<(), CudaError> {
+        if q.bytes().min(out.bytes()) < self.heads * cache.dim * 4 || cache.tokens == 0 {
+            return Err(CudaError::Append { problem: "fewer query rows than heads, or no history" });
+        }
+        let f = device.function(&Build::exact(cache.dim, self.group), "exact_decode", 0)?;
+        let passes = self.heads / cache.kv_heads / self.group;
+        let args = ExactArgs {
+            pointers: [cache.rows.at(), q.at(), self.parts.parts.at(), self.parts.sums.at()],
+            next: 0,
+            numbers: [self.heads, cache.kv_heads, self.parts.splits, passes, cache.tokens, cache.capacity]
+                .map(|n| n as u32),
+        };
+        // SAFETY: the argument of `exact_decode`; it reads rows below `tokens` and writes the parts.
+        unsafe { device.launch_with(&f, [self.parts.splits, self.heads / self.group, 1], 256, 0, &args) }?;
+        self.parts.merge(device, out)
+    }
+}

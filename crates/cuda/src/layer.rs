@@ -1,0 +1,541 @@
+//! A layer's compressed histories on a card: append and decode attention.
+//!
+//! Layout of blocks, units and outliers: kernels/layout.cuh and kernels/device.cuh.
+#![allow(unsafe_code)]
+
+use cudarc::driver::DeviceRepr;
+
+use crate::CudaError;
+use crate::device::{Arg, Buffer, Device};
+use crate::modules::{Build, DecodeShape, Source, group_of};
+pub use crate::tables::{BLOCK, Tables, Turns};
+
+/// Bytes of a token's range in kernels/append.cu.
+const RANGE: usize = 20;
+
+/// Blocks and outliers that the histories of a layer share.
+pub struct Pool {
+    blocks: Buffer,
+    arena: Buffer,
+    top: Buffer,
+    status: Buffer,
+    ranges: Buffer,
+    free: Vec<u32>,
+    outliers: usize,
+    chunk: usize,
+}
+
+impl Pool {
+    /// Room for so many blocks, with so many outliers in all; at most `chunk` tokens are appended at a time.
+    ///
+    /// # Errors
+    /// Memory is short.
+    pub fn new(
+        device: &Device,
+        tables: &Tables,
+        blocks: usize,
+        outliers: usize,
+        chunk: usize,
+    ) -> Result<Self, CudaError> {
+        Ok(Pool {
+            blocks: device.poisoned(blocks * tables.block_bytes())?,
+            arena: device.poisoned(outliers * 4)?,
+            top: device.zeros(4)?,
+            status: device.zeros(4)?,
+            ranges: device.poisoned(chunk * RANGE)?,
+            free: (0..blocks as u32).rev().collect(),
+            outliers,
+            chunk,
+        })
+    }
+
+    /// Bytes of blocks and outliers.
+    pub fn bytes(&self) -> usize {
+        self.blocks.bytes() + self.arena.bytes()
+    }
+
+    /// Outliers of full blocks so far.
+    ///
+    /// # Errors
+    /// The card fails.
+    pub fn kept(&self, device: &Device) -> Result<usize, CudaError> {
+        Ok(device.read::<u32>(&self.top, 1)?[0] as usize)
+    }
+
+    /// Whether all that was appended could be stored.
+    ///
+    /// # Errors
+    /// It could not, or the card fails.
+    pub fn check(&self, device: &Device) -> Result<(), CudaError> {
+        let problem = match device.read::<u32>(&self.status, 1)?[0] {
+            0 => return Ok(()),
+            1 => "an entry is not a finite fp16 number",
+            2 => "a head has more outliers in a block than fit; use a lower share of outliers",
+            3 => "no room for more outliers; make a larger pool",
+            _ => "an outlier is too far from its dense value for fp16",
+        };
+        Err(CudaError::Append { problem })
+    }
+}
+
+/// One sequence's part of a layer.
+pub struct History {
+    table: Buffer,
+    open: Buffer,
+    exact: Buffer,
+    numbers: Vec<u32>,
+    capacity: usize,
+    exact_rows: usize,
+    exact_capacity: usize,
+    tokens: usize,
+}
+
+impl History {
+    /// Room for so many exact tokens and so many blocks.
+    ///
+    /// # Errors
+    /// Memory is short.
+    pub fn new(device: &Device, tables: &Tables, exact: usize, blocks: usize) -> Result<Self, CudaError> {
+        let (heads, dim) = (tables.kv_heads, tables.dim);
+        Ok(History {
+            table: device.poisoned(blocks * 4)?,
+            open: device.poisoned(heads * 2 * dim * 16 * 4)?,
+            exact: device.poisoned(2 * heads * exact * dim * 2)?,
+            numbers: Vec::new(),
+            capacity: blocks,
+            exact_rows: 0,
+            exact_capacity: exact,
+            tokens: 0,
+        })
+    }
+
+    /// Exact rows of keys and values, `[2][kv_heads][capacity][dim]` fp16, and how many there are.
+    pub(crate) fn exact(&self) -> (&Buffer, usize, usize) {
+        (&self.exact, self.exact_rows, self.exact_capacity)
+    }
+
+    /// Tokens in blocks.
+    pub fn coded(&self) -> usize {
+        self.tokens
+    }
+
+    /// A record of kernels/device.cuh.
+    pub(crate) fn record(&self, pool: &Pool) -> [u64; 6] {
+        let last = if self.tokens == 0 { 0 } else { (self.tokens - 1) % BLOCK + 1 };
+        [
+            self.table.at(),
+            pool.arena.at(),
+            self.open.at(),
+            self.exact.at(),
+            self.numbers.len() as u64 | (last as u64) << 32,
+            self.exact_rows as u64 | (self.exact_capacity as u64) << 32,
+        ]
+    }
+
+    /// Takes blocks for so many more tokens from the pool.
+    ///
+    /// # Errors
+    /// There are too few.
+    pub fn reserve(&mut self, device: &Device, pool: &mut Pool, tokens: usize) -> Result<(), CudaError> {
+        let need = (self.tokens + tokens).div_ceil(BLOCK);
+        let more = need.saturating_sub(self.numbers.len());
+        if need > self.capacity || more > pool.free.len() {
+            return Err(CudaError::Append { problem: "no block is free; make a larger pool" });
+        }
+        if more > 0 {
+            let from = self.numbers.len();
+            self.numbers.extend(pool.free.drain(pool.free.len() - more..).rev());
+            device.write(&mut self.table, from * 4, &self.numbers[from..])?;
+        }
+        Ok(())
+    }
+}
+
+#[repr(C)]
+struct AppendArgs {
+    pointers: [u64; 15],
+    arena_size: u32,
+    first: u32,
+    tokens: u32,
+    keep: u32,
+}
+// SAFETY: plain numbers in the order of kernels/append.cu.
+unsafe impl DeviceRepr for AppendArgs {}
+
+#[repr(C)]
+struct DecodeArgs {
+    pointers: [u64; 10],
+    heads: u32,
+    kv_heads: u32,
+    splits: u32,
+    passes: u32,
+}
+// SAFETY: plain numbers in the order of kernels/decode.cu.
+unsafe impl DeviceRepr for DecodeArgs {}
+
+#[repr(C)]
+struct DenseArgs {
+    pointers: [u64; 8],
+    first_block: u32,
+    rows: u32,
+}
+// SAFETY: plain numbers in the order of kernels/dense.cu.
+unsafe impl DeviceRepr for DenseArgs {}
+
+/// Appends tokens `[tokens][kv_heads][dim]` f32, keys before RoPE, as codes.
+///
+/// # Errors
+/// No room, or the card fails. What can't be quantized shows in `Pool::check`.
+pub fn append(
+    device: &Device,
+    tables: &Tables,
+    pool: &mut Pool,
+    history: &mut History,
+    keys: &Buffer,
+    values: &Buffer,
+    tokens: usize,
+) -> Result<(), CudaError> {
+    let channels = tables.channels();
+    if tokens == 0 || tokens > pool.chunk || keys.bytes().min(values.bytes()) < tokens * channels * 4 {
+        return Err(CudaError::Append { problem: "more tokens than the pool's chunk, or fewer rows than tokens" });
+    }
+    history.reserve(device, pool, tokens)?;
+    let build = Build::append(tables.bits, tables.dim, channels);
+    let ranges = device.function(&build, "ranges", 0)?;
+    let append = device.function(&build, "append", 0)?;
+    let args = [
+        Arg::Long(values.at()),
+        Arg::Long(pool.ranges.at()),
+        Arg::Word(tables.extremes as u32),
+        Arg::Long(pool.status.at()),
+    ];
+    // SAFETY: the arguments of `ranges`; one block of threads a token, whose rows and range exist (checked above).
+    unsafe { device.launch(&ranges, [tokens, 1, 1], 256, &args) }?;
+    let first = history.tokens;
+    let args = AppendArgs {
+        pointers: [
+            keys.at(),
+            values.at(),
+            pool.ranges.at(),
+            tables.bounds.at(),
+            tables.lower.at(),
+            tables.upper.at(),
+            tables.key_posts.at(),
+            tables.value_bounds.at(),
+            tables.value_posts.at(),
+            pool.blocks.at(),
+            history.table.at(),
+            pool.arena.at(),
+            history.open.at(),
+            pool.top.at(),
+            pool.status.at(),
+        ],
+        arena_size: pool.outliers as u32,
+        first: first as u32,
+        tokens: tokens as u32,
+        keep: tables.keep as u32,
+    };
+    let touched = (first + tokens).div_ceil(BLOCK) - first / BLOCK;
+    // SAFETY: the argument of `append`; the table names blocks of the pool for all tokens (reserved above), outliers stay
+    // within arena_size and the open list.
+    unsafe { device.launch_with(&append, [touched, tables.kv_heads, 2], tables.dim * 2, 0, &args) }?;
+    history.tokens += tokens;
+    Ok(())
+}
+
+/// Stores tokens as exact rows before the first block: keys turned by `angles` `[tokens][dim / 2]`.
+///
+/// # Errors
+/// No room, or the card fails.
+pub fn append_exact(
+    device: &Device,
+    tables: &Tables,
+    history: &mut History,
+    keys: &Buffer,
+    values: &Buffer,
+    angles: &Buffer,
+    tokens: usize,
+) -> Result<(), CudaError> {
+    if history.tokens > 0 || history.exact_rows + tokens > history.exact_capacity {
+        return Err(CudaError::Append {
+            problem: "exact rows come before all codes, and only as many as were planned",
+        });
+    }
+    let side = tables.kv_heads * history.exact_capacity * tables.dim * 2;
+    let at = [history.exact.at(), history.exact.at() + side as u64];
+    let place =
+        Rows { dim: tables.dim, heads: tables.kv_heads, first: history.exact_rows, capacity: history.exact_capacity };
+    store_rows(device, keys, Some(angles), at[0], 1.0, &place, tokens)?;
+    store_rows(device, values, None, at[1], 1.0, &place, tokens)?;
+    history.exact_rows += tokens;
+    Ok(())
+}
+
+/// Where rows go: `[heads][capacity][dim]`, from row `first` on.
+pub(crate) struct Rows {
+    pub dim: usize,
+    pub heads: usize,
+    pub first: usize,
+    pub capacity: usize,
+}
+
+/// Writes `[tokens][heads][dim]` f32 as fp16 rows, turned and scaled.
+pub(crate) fn store_rows(
+    device: &Device,
+    x: &Buffer,
+    angles: Option<&Buffer>,
+    out: u64,
+    scale: f32,
+    rows: &Rows,
+    tokens: usize,
+) -> Result<(), CudaError> {
+    let n = tokens * rows.heads * rows.dim / 2;
+    let angle_bytes = angles.map_or(usize::MAX, Buffer::bytes);
+    if x.bytes() < n * 8 || angle_bytes < tokens * rows.dim * 4 || rows.first + tokens > rows.capacity {
+        return Err(CudaError::Append { problem: "fewer rows than tokens" });
+    }
+    let f = device.function(&Build::plain(Source::Rows, rows.dim), "store_rows", 0)?;
+    let args = [
+        Arg::Long(x.at()),
+        Arg::Long(angles.map_or(0, Buffer::at)),
+        Arg::Long(out),
+        Arg::Float(scale),
+        Arg::Word(rows.heads as u32),
+        Arg::Word(rows.first as u32),
+        Arg::Word(rows.capacity as u32),
+        Arg::Word(n as u32),
+    ];
+    // SAFETY: the arguments of `store_rows`; sizes checked above, `out` has heads * capacity rows (callers within the crate).
+    unsafe { device.launch(&f, [n.div_ceil(256), 1, 1], 256, &args) }
+}
+
+/// Queries `[tokens][heads][dim]` turned by `angles` `[tokens][dim / 2]` and scaled for the decode kernels, in f32.
+///
+/// # Errors
+/// The card fails.
+pub fn turn_queries(
+    device: &Device,
+    x: &Buffer,
+    angles: &Buffer,
+    out: &Buffer,
+    dim: usize,
+    heads: usize,
+    tokens: usize,
+) -> Result<(), CudaError> {
+    let n = tokens * heads * dim / 2;
+    if x.bytes().min(out.bytes()) < n * 8 || angles.bytes() < tokens * dim * 4 {
+        return Err(CudaError::Append { problem: "fewer query rows than tokens" });
+    }
+    let f = device.function(&Build::plain(Source::Rows, dim), "turn_queries", 0)?;
+    let args = [
+        Arg::Long(x.at()),
+        Arg::Long(angles.at()),
+        Arg::Long(out.at()),
+        Arg::Float(query_scale(dim)),
+        Arg::Word(heads as u32),
+        Arg::Word(n as u32),
+    ];
+    // SAFETY: the arguments of `turn_queries`; sizes checked above.
+    unsafe { device.launch(&f, [n.div_ceil(256), 1, 1], 256, &args) }
+}
+
+/// Scores come in units of log2 e.
+pub(crate) fn query_scale(dim: usize) -> f32 {
+    std::f32::consts::LOG2_E / (dim as f32).sqrt()
+}
+
+/// Partial states of a decode step, and their merge.
+pub(crate) struct Parts {
+    pub parts: Buffer,
+    pub sums: Buffer,
+    pub splits: usize,
+    rows: usize,
+    dim: usize,
+}
+
+impl Parts {
+    pub fn new(device: &Device, rows: usize, splits: usize, dim: usize) -> Result<Self, CudaError> {
+        Ok(Parts {
+            parts: device.poisoned(rows * splits * dim * 4)?,
+            sums: device.poisoned(rows * splits * 8)?,
+            splits,
+            rows,
+            dim,
+        })
+    }
+
+    pub fn merge(&self, device: &Device, out: &Buffer) -> Result<(), CudaError> {
+        let f = device.function(&Build::plain(Source::Merge, self.dim), "merge", 0)?;
+        let args =
+            [Arg::Long(self.parts.at()), Arg::Long(self.sums.at()), Arg::Long(out.at()), Arg::Word(self.splits as u32)];
+        // SAFETY: the arguments of `merge`; `out` has rows * dim floats (callers within the crate), the rest is ours.
+        unsafe { device.launch(&f, [self.rows, 1, 1], self.dim, &args) }
+    }
+}
+
+/// Parts that a history is split into: the least time of the slowest multiprocessor, where a block of threads starts in
+/// the time of `start` of its steps.
+pub(crate) fn choose_splits(at_once: usize, tasks: usize, steps: usize, warps: usize, start: f64) -> usize {
+    let time = |s: usize| {
+        let waves = (tasks * s).div_ceil(at_once) as f64;
+        waves * (steps.div_ceil(s).div_ceil(warps) as f64 + start) + 0.02 * s as f64
+    };
+    let most = steps.div_ceil(warps).clamp(1, 256);
+    (1..=most).min_by(|a, b| time(*a).total_cmp(&time(*b))).unwrap_or(1)
+}
+
+/// Sequences that decode a token together.
+pub struct Batch {
+    records: Buffer,
+    parts: Parts,
+    shape: DecodeShape,
+    sequences: usize,
+    heads: usize,
+}
+
+impl Batch {
+    /// A batch of histories of one pool, with so many query heads.
+    ///
+    /// # Errors
+    /// Memory is short.
+    pub fn new(
+        device: &Device,
+        tables: &Tables,
+        pool: &Pool,
+        histories: &[&History],
+        heads: usize,
+    ) -> Result<Self, CudaError> {
+        let group = group_of(heads / tables.kv_heads);
+        if heads == 0 || !heads.is_multiple_of(tables.kv_heads) || histories.is_empty() {
+            return Err(CudaError::Unsupported {
+                what: format!("{heads} query heads on {} KV heads", tables.kv_heads),
+                supported: "multiples of the KV heads, for at least one sequence",
+            });
+        }
+        let shape = DecodeShape::new(tables.bits, tables.dim, group, device.info().shared);
+        if shape.shared > device.info().shared {
+            return Err(CudaError::Unsupported {
+                what: format!("{} bits, head dimension {}, {group} query heads a KV head", tables.bits, tables.dim),
+                supported: "what fits the shared memory of the card",
+            });
+        }
+        let records: Vec<u64> = histories.iter().flat_map(|h| h.record(pool)).collect();
+        let blocks = histories.iter().map(|h| h.numbers.len()).max().unwrap_or(0).max(1);
+        let tasks = heads / group * histories.len();
+        let splits = choose_splits(device.info().processors, tasks, blocks, shape.warps, 2.0);
+        Ok(Batch {
+            records: device.upload(&records)?,
+            parts: Parts::new(device, histories.len() * heads, splits, tables.dim)?,
+            shape,
+            sequences: histories.len(),
+            heads,
+        })
+    }
+
+    /// Attention of one query token a sequence: `q` `[sequences][heads][dim]` from `turn_queries`, `out` the same shape.
+    ///
+    /// # Errors
+    /// The card fails.
+    pub fn decode(
+        &self,
+        device: &Device,
+        tables: &Tables,
+        pool: &Pool,
+        turns: &Turns,
+        q: &Buffer,
+        out: &Buffer,
+    ) -> Result<(), CudaError> {
+        let floats = self.sequences * self.heads * tables.dim;
+        if q.bytes().min(out.bytes()) < floats * 4 {
+            return Err(CudaError::Append { problem: "fewer query rows than sequences" });
+        }
+        let shape = self.shape;
+        let f = device.function(&Build::decode(tables.bits, tables.dim, shape), "decode", shape.shared)?;
+        let args = DecodeArgs {
+            pointers: [
+                pool.blocks.at(),
+                self.records.at(),
+                q.at(),
+                turns.origins.at(),
+                turns.turn.at(),
+                tables.key_lut.at(),
+                tables.value_lut.at(),
+                tables.units.at(),
+                self.parts.parts.at(),
+                self.parts.sums.at(),
+            ],
+            heads: self.heads as u32,
+            kv_heads: tables.kv_heads as u32,
+            splits: self.parts.splits as u32,
+            passes: (self.heads / tables.kv_heads / shape.group) as u32,
+        };
+        let grid = [self.parts.splits, self.heads / shape.group, self.sequences];
+        // SAFETY: the argument of `decode`; the records were made from this layer's histories, whose tables name blocks of
+        // the pool; parts have room for every split.
+        unsafe { device.launch_with(&f, grid, shape.warps * 32, shape.shared, &args) }?;
+        self.parts.merge(device, out)
+    }
+}
+
+/// Where decoded rows go.
+pub(crate) enum DenseOut<'a> {
+    /// fp16 `[2][kv_heads][rows][dim]`, keys turned.
+    Halves(&'a Buffer),
+    /// f32 of the same shape, keys not turned.
+    Floats(&'a Buffer),
+}
+
+/// Decodes blocks from `first` on into rows.
+pub(crate) fn dense(
+    device: &Device,
+    tables: &Tables,
+    pool: &Pool,
+    history: &History,
+    turns: &Turns,
+    out: DenseOut<'_>,
+    first: usize,
+    blocks: usize,
+    rows: usize,
+) -> Result<(), CudaError> {
+    let shared = BLOCK * (tables.dim + 4) * 4;
+    let (halves, floats, have) = match out {
+        DenseOut::Halves(b) => (b.at(), 0, b.bytes() / 2),
+        DenseOut::Floats(b) => (0, b.at(), b.bytes() / 4),
+    };
+    if have < 2 * tables.channels() * rows || first + blocks > history.numbers.len() {
+        return Err(CudaError::Append { problem: "fewer blocks or rows than asked for" });
+    }
+    let f = device.function(&Build::dense(tables.bits, tables.dim), "dense", shared)?;
+    let record = device.upload(&history.record(pool))?;
+    let args = DenseArgs {
+        pointers: [
+            pool.blocks.at(),
+            record.at(),
+            tables.key_posts.at(),
+            tables.value_posts.at(),
+            turns.origins.at(),
+            turns.places.at(),
+            halves,
+            floats,
+        ],
+        first_block: first as u32,
+        rows: rows as u32,
+    };
+    // SAFETY: the argument of `dense`; blocks and rows checked above, rows beyond `rows` are skipped by the kernel.
+    unsafe { device.launch_with(&f, [blocks, tables.kv_heads, 2], 128, shared, &args) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn splits_fill_the_card() {
+        // 32 heads on 132 multiprocessors: 4 parts each are one wave.
+        assert_eq!(choose_splits(132, 32, 2048, 16, 2.0), 4);
+        // 3 heads: 44 parts would be no faster than 43, whose warps have three blocks at most too.
+        assert_eq!(choose_splits(132, 3, 2048, 16, 2.0), 43);
+        assert_eq!(choose_splits(132, 32, 1, 16, 2.0), 1);
+        assert_eq!(choose_splits(132, 32, 0, 16, 2.0), 1);
+    }
+}

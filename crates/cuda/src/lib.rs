@@ -1,0 +1,27 @@
+//! The compressed cache on NVIDIA GPUs.
+//!
+//! ```text
+//! nvrtc    CUDA C++ -> machine code of the card that is there
+//! modules  which kernels exist, compiled once and kept on disk
+//! device   a card: memory, launches, time
+//! layer    a layer's quantizers, blocks and histories on a card; append, decode, prefill
+//! check    every kernel against the CPU, on random input
+//! bench    append, decode and prefill against an fp16 cache and the copy bandwidth
+//! ```
+//!
+//! Nothing here is linked: driver and compiler are looked for when a card is asked for, so a program with this crate
+//! starts anywhere. Unsafe code only calls them.
+
+pub mod bench;
+pub mod check;
+pub mod device;
+mod error;
+mod exact;
+pub mod layer;
+pub mod modules;
+pub mod nvrtc;
+mod prefill;
+mod synthetic;
+mod tables;
+
+pub use error::CudaError;

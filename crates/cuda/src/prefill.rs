@@ -1,0 +1,154 @@
+//! Attention of many query rows: over fp16 rows, and over compressed history, section by section.
+#![allow(unsafe_code)]
+
+use cudarc::driver::DeviceRepr;
+
+use crate::CudaError;
+use crate::device::{Buffer, Device};
+use crate::exact::ExactCache;
+use crate::layer::{BLOCK, DenseOut, History, Pool, Rows, Tables, Turns, dense, query_scale, store_rows};
+use crate::modules::{Build, Source};
+
+/// Query rows of a prefill step and their states.
+pub struct Prefill {
+    q: Buffer,
+    out: Buffer,
+    sums: Buffer,
+    queries: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    started: bool,
+}
+
+#[repr(C)]
+struct PrefillArgs {
+    pointers: [u64; 4],
+    numbers: [u32; 9],
+}
+// SAFETY: plain numbers in the order of kernels/prefill.cu.
+unsafe impl DeviceRepr for PrefillArgs {}
+
+/// Rows that keys and values are read from.
+struct Section<'a> {
+    rows: &'a Buffer,
+    keys: usize,
+    capacity: usize,
+    visible: usize,
+}
+
+impl Prefill {
+    /// Queries `[queries][heads][dim]` f32, turned by `angles`.
+    ///
+    /// # Errors
+    /// Memory is short.
+    pub fn new(
+        device: &Device,
+        q: &Buffer,
+        angles: &Buffer,
+        queries: usize,
+        heads: usize,
+        kv_heads: usize,
+        dim: usize,
+    ) -> Result<Self, CudaError> {
+        let rows = device.poisoned(queries * heads * dim * 2)?;
+        let place = Rows { dim, heads, first: 0, capacity: queries };
+        store_rows(device, q, Some(angles), rows.at(), query_scale(dim), &place, queries)?;
+        Ok(Prefill {
+            q: rows,
+            out: device.poisoned(queries * heads * dim * 4)?,
+            sums: device.poisoned(queries * heads * 8)?,
+            queries,
+            heads,
+            kv_heads,
+            dim,
+            started: false,
+        })
+    }
+
+    /// Forgets the states.
+    pub fn restart(&mut self) {
+        self.started = false;
+    }
+
+    /// The result, `[heads][queries][dim]` f32, after the last section.
+    pub fn out(&self) -> &Buffer {
+        &self.out
+    }
+
+    fn section(&mut self, device: &Device, s: &Section<'_>, last: bool) -> Result<(), CudaError> {
+        if s.rows.bytes() < 2 * self.kv_heads * s.capacity * self.dim * 2 || s.keys > s.capacity {
+            return Err(CudaError::Append { problem: "fewer rows than keys" });
+        }
+        // Queries, and keys and values twice.
+        let shared = (128 + 4 * 64) * self.dim * 2;
+        let f = device.function(&Build::plain(Source::Prefill, self.dim), "prefill", shared)?;
+        let n = |x: usize| x as u32;
+        let args = PrefillArgs {
+            pointers: [self.q.at(), s.rows.at(), self.out.at(), self.sums.at()],
+            numbers: [
+                n(self.queries),
+                n(self.queries),
+                n(s.keys),
+                n(s.capacity),
+                n(self.heads / self.kv_heads),
+                n(self.kv_heads),
+                n(s.visible),
+                !self.started as u32,
+                last as u32,
+            ],
+        };
+        // SAFETY: the argument of `prefill`; rows checked above, queries and states are ours.
+        unsafe { device.launch_with(&f, [self.queries.div_ceil(128), self.heads, 1], 256, shared, &args) }?;
+        self.started = true;
+        Ok(())
+    }
+
+    /// Attends to all of an fp16 cache; with `causal`, its last rows are the queries' own tokens.
+    ///
+    /// # Errors
+    /// The card fails.
+    pub fn attend_exact(
+        &mut self,
+        device: &Device,
+        cache: &ExactCache,
+        causal: bool,
+        last: bool,
+    ) -> Result<(), CudaError> {
+        let visible = if causal { (cache.tokens + 1).saturating_sub(self.queries) } else { cache.tokens };
+        let s = Section { rows: &cache.rows, keys: cache.tokens, capacity: cache.capacity, visible };
+        self.section(device, &s, last)
+    }
+
+    /// Attends to all of a compressed history, through `rows`, a buffer for `blocks` blocks at a time.
+    ///
+    /// # Errors
+    /// The card fails.
+    pub fn attend_coded(
+        &mut self,
+        device: &Device,
+        tables: &Tables,
+        pool: &Pool,
+        history: &History,
+        turns: &Turns,
+        rows: &Buffer,
+        blocks: usize,
+        last: bool,
+    ) -> Result<(), CudaError> {
+        let (exact, exact_rows, exact_capacity) = history.exact();
+        let tokens = history.coded();
+        if exact_rows > 0 {
+            let s = Section { rows: exact, keys: exact_rows, capacity: exact_capacity, visible: exact_rows };
+            self.section(device, &s, last && tokens == 0)?;
+        }
+        let all = tokens.div_ceil(BLOCK);
+        for first in (0..all).step_by(blocks) {
+            let n = blocks.min(all - first);
+            dense(device, tables, pool, history, turns, DenseOut::Halves(rows), first, n, blocks * BLOCK)?;
+            let keys = (tokens - first * BLOCK).min(n * BLOCK);
+            let s = Section { rows, keys, capacity: blocks * BLOCK, visible: keys };
+            self.section(device, &s, last && first + n == all)?;
+        }
+        Ok(())
+    }
+}
