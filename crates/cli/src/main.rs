@@ -24,6 +24,10 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+/// A server allocates and frees blocks for days: this allocator gives back what is free.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const EXAMPLES: &str = "Examples:
   kvquant demo
   kvquant generate smollm2-135m -p \"What is a codebook?\" --kv nuq3-1%+sink1
