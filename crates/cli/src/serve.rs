@@ -68,7 +68,8 @@ pub struct Args {
     /// Longest request
     #[arg(long, value_name = "SIZE", default_value = "4M", env = "KVQUANT_MAX_BODY")]
     max_body: Size,
-    /// Origin whose pages may use the server, such as https://example.org; may be given several times
+    // Not a doc comment: rustdoc would have the address as a link.
+    #[arg(help = "Origin whose pages may use the server, such as https://example.org; may be given several times")]
     #[arg(long = "cors-origin", value_name = "ORIGIN", env = "KVQUANT_CORS_ORIGIN", value_delimiter = ',')]
     cors_origins: Vec<String>,
     /// Folder of stored prefixes: those that fit are used, and clients may save more (/v1/sessions)
