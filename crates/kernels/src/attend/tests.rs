@@ -414,3 +414,38 @@ fn parts_that_do_not_fit_are_refused() {
     assert!(BlockView::new(a, b, 64, None).is_err());
     assert!(BlockView::new(a, a, 65, None).is_err());
 }
+
+#[test]
+fn blocks_together_are_blocks_one_by_one() {
+    for kernels in Kernels::available() {
+        let mut n = Noise(9);
+        let rope = Rope { inv_freq: (0..32).map(|i| 100_000f64.powf(-(i as f64) / 32.0)).collect() };
+        let table = rope.block_table();
+        // Runs of the very same tables (one side's views, again and again), other tables and other forms between them.
+        let forms = [Form::Token(3, 0, true), Form::Token(3, 16, true), Form::Static(4), Form::Mixed, Form::Tile];
+        let keys: Vec<_> = forms.map(|_| Owned::new(&mut n, Form::Static(3), 64, 64, 2.0, 6)).into();
+        let values: Vec<_> = forms.map(|form| Owned::new(&mut n, form, 64, 64, 2.0, 6)).into();
+        for rows in [1, 3, 7, 16] {
+            let q = n.vec(rows * 64, 0.3);
+            let rows = Rows { q: &q, group: rows, head_dim: 64, first_visible: 64 };
+            let order = [0, 0, 0, 1, 1, 0, 2, 2, 2, 2, 2, 3, 4, 4, 3, 0];
+            let rotations: Vec<_> = (0..order.len()).map(|b| rope.rotation(64 * b)).collect();
+            let block = |(b, rotation)| {
+                let b: usize = b;
+                BlockView::new(keys[b].view(), values[b].view(), 64, Some(rotation)).unwrap()
+            };
+            let blocks: Vec<_> = order.into_iter().zip(&rotations).map(block).collect();
+            let (mut one_by_one, mut together) = (State::empty(rows.len(), 64), State::empty(rows.len(), 64));
+            blocks.iter().for_each(|b| kernels.attend(&rows, b, &table, &mut one_by_one));
+            blocks.chunks(BLOCKS).for_each(|some| kernels.attend_all(&rows, some, &table, &mut together));
+            let (mut a, mut b) = ([0.0; 64], [0.0; 64]);
+            for r in 0..rows.len() {
+                one_by_one.finish(r, &mut a);
+                together.finish(r, &mut b);
+                for (x, y) in a.iter().zip(&b) {
+                    assert!((x - y).abs() < 4e-4, "{}, {} rows: {x} {y}", kernels.name(), rows.len());
+                }
+            }
+        }
+    }
+}
