@@ -101,7 +101,7 @@ fn what_is_wrong_is_named() {
         (b"{\"model\":\"m\",\"messages\":[],\"bogus\":1}", "bogus"),
         (b"{\"model\":\"m\",\"model\":\"m\"}", "duplicate"),
         (b"{\"model\":\"m\",\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]} x", "trailing"),
-        (b"{\"model\":\"m\",\"messages\":[{\"role\":\"user\",\"content\":\"\\ud800\"}]}", "surrogate"),
+        (b"{\"model\":\"m\",\"messages\":[{\"role\":\"user\",\"content\":\"\\ud800\"}]}", "hex escape"),
         (b"{\"model\":\"m\",\"messages\":[],\"temperature\":1e999}", "range"),
     ] {
         let e = chat(body).unwrap_err();
