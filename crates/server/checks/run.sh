@@ -22,6 +22,7 @@ for _ in $(seq 300); do
   sleep 0.2
 done
 url=$(sed -n 's/^ready at //p' "$folder/ready")
+[ -n "$url" ] || { echo "the server was not ready after a minute" >&2; exit 1; }
 
 echo "-- OpenAI client"
 "$folder/venv/bin/python" crates/server/checks/client.py "$url"
