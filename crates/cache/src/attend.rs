@@ -7,7 +7,7 @@ use kvquant_kernels::rope::{BlockTable, Rope, Rotation};
 use kvquant_quant::pack::BLOCK_TOKENS;
 use rayon::prelude::*;
 
-use crate::block::Rows;
+use crate::block::Block;
 use crate::edge::{Edge, fold};
 use crate::error::CacheError;
 use crate::layer::Layer;
@@ -56,12 +56,18 @@ impl Angles {
         let (tokens, group) = (self.rotations.len(), heads / kv_heads);
         let scale = 1.0 / (head_dim as f32).sqrt();
         let mut data = vec![0.0; q.len()];
-        for (h, of_head) in data.chunks_exact_mut(tokens * group * head_dim).enumerate() {
+        let head = |(h, of_head): (usize, &mut [f32])| {
             for (t, of_token) in of_head.chunks_exact_mut(group * head_dim).enumerate() {
                 of_token.copy_from_slice(&q[(t * heads + h * group) * head_dim..][..group * head_dim]);
                 of_token.iter_mut().for_each(|x| *x *= scale);
                 of_token.chunks_exact_mut(head_dim).for_each(|head| self.rotations[t].apply(head));
             }
+        };
+        let part = tokens * group * head_dim;
+        if tokens >= BLOCK_TOKENS {
+            data.par_chunks_exact_mut(part).enumerate().for_each(head);
+        } else {
+            data.chunks_exact_mut(part).enumerate().for_each(head);
         }
         Queries { data, tokens, group, head_dim }
     }
@@ -214,16 +220,22 @@ impl History<'_> {
     fn tasks(&self, tokens: Range<usize>) -> Vec<Task> {
         let (heads, parts) = (self.shape.kv_heads, self.layer.blocks().len() + 1);
         let threads = rayon::current_num_threads();
-        let (mut row_splits, mut part_splits) = (1, 1);
-        if threads > 1 && heads * parts >= SPLIT_FROM {
-            let pieces = (4 * threads).div_ceil(heads);
+        let pieces = (4 * threads).div_ceil(heads);
+        let (mut rows_each, mut parts_each) = (tokens.len(), parts);
+        if tokens.len() > BLOCK_TOKENS {
+            // Later tokens see more of the call's own: small pieces even that out. They end where its blocks end, so that
+            // a block is seen whole or by one piece only.
+            rows_each = tokens.len().div_ceil(pieces).next_multiple_of(BLOCK_TOKENS);
+            if parts * BLOCK_TOKENS < 4 * tokens.len() {
+                rows_each = BLOCK_TOKENS;
+            }
+        } else if threads > 1 && heads * parts >= SPLIT_FROM {
             if tokens.len() >= BLOCK_TOKENS / 4 {
-                row_splits = pieces.min(tokens.len() / 8);
+                rows_each = tokens.len().div_ceil(pieces.min(tokens.len() / 8));
             } else {
-                part_splits = pieces.min(parts.div_ceil(4));
+                parts_each = parts.div_ceil(pieces.min(parts.div_ceil(4)));
             }
         }
-        let (rows_each, parts_each) = (tokens.len().div_ceil(row_splits), parts.div_ceil(part_splits));
         let mut tasks = Vec::new();
         for head in 0..heads {
             for first in tokens.clone().step_by(rows_each) {
@@ -293,7 +305,7 @@ pub(crate) fn quantized(
 /// which `own` holds in blocks whose first positions have the given `rotations`.
 pub(crate) fn exact(
     history: &History<'_>,
-    own: &[Rows],
+    own: &[Block],
     rotations: &[Rotation],
     queries: &Queries,
     position: usize,
@@ -301,7 +313,7 @@ pub(crate) fn exact(
 ) -> Result<(), CacheError> {
     let cx = history.layer.context();
     history.run(queries, 0..queries.tokens, position, out, |task, state| {
-        for (b, rows) in own.iter().enumerate() {
+        for (b, block) in own.iter().enumerate() {
             let first = b * BLOCK_TOKENS;
             if first >= task.tokens.end {
                 break;
@@ -312,9 +324,9 @@ pub(crate) fn exact(
             let row = (from - task.tokens.start) * queries.group;
             let asking = Asking { head: task.head, tokens: from..task.tokens.end, position: position + from, row };
             let place = Place {
-                sides: rows.views(cx.channels, cx.head_dim, task.head),
+                sides: block.views(&cx, task.head)?,
                 first: position + first,
-                len: rows.len(cx.channels),
+                len: block.len(cx.channels),
                 origin: history.origins.map(|_| &rotations[b]),
             };
             history.fold(queries, &asking, place, state)?;

@@ -1,6 +1,7 @@
 //! A block in any of its forms, and the exact ones.
 
 use half::f16;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use kvquant_kernels::attend::{Kernels, SideView, ViewError};
 use kvquant_quant::pack::BLOCK_TOKENS;
 use kvquant_quant::{QuantError, Side, fits_half};
@@ -38,7 +39,9 @@ fn to_half(side: Side, x: &[f32], out: &mut Vec<u16>) -> Result<(), TokenError> 
     if let Some(channel) = x.iter().position(|v| !fits_half(*v)) {
         return Err((side, QuantError::NotFinite { channel, value: x[channel] }));
     }
-    out.extend(x.iter().map(|&v| f16::from_f32(v).to_bits()));
+    let before = out.len();
+    out.resize(before + x.len(), 0);
+    out[before..].reinterpret_cast_mut::<f16>().convert_from_f32_slice(x);
     Ok(())
 }
 
@@ -60,6 +63,15 @@ impl Rows {
 
     pub fn len(&self, channels: usize) -> usize {
         self.v.len() / channels
+    }
+
+    /// Tokens `[tokens, channels]`, or the one that can't be stored.
+    pub fn of(k: &[f32], v: &[f32], channels: usize) -> Result<Self, (usize, TokenError)> {
+        let mut rows = Rows::with_room(k.len() / channels, channels);
+        for (t, (k, v)) in k.chunks_exact(channels).zip(v.chunks_exact(channels)).enumerate() {
+            rows.push(k, v).map_err(|e| (t, e))?;
+        }
+        Ok(rows)
     }
 
     /// Adds one token; nothing is kept of one that fails.
@@ -94,9 +106,12 @@ impl Rows {
     pub fn into_tile(self, channels: usize) -> Tile {
         let turn = |rows: &[u16]| {
             let mut tile = vec![0; rows.len()];
-            for (t, row) in rows.chunks_exact(channels).enumerate() {
-                for (c, &x) in row.iter().enumerate() {
-                    tile[c * BLOCK_TOKENS + t] = x;
+            // 32 channels at a time, so that a line of either side is in L1 until it is done.
+            for first in (0..channels).step_by(32) {
+                for (t, row) in rows.chunks_exact(channels).enumerate() {
+                    for (c, &x) in (first..).zip(&row[first..channels.min(first + 32)]) {
+                        tile[c * BLOCK_TOKENS + t] = x;
+                    }
                 }
             }
             tile.into_boxed_slice()
@@ -133,6 +148,13 @@ pub(crate) struct Context<'a> {
 }
 
 impl Block {
+    /// Up to 64 tokens `[tokens, channels]` in fp16, or the one that can't be stored.
+    pub fn exact(k: &[f32], v: &[f32], channels: usize) -> Result<Self, (usize, TokenError)> {
+        let rows = Rows::of(k, v, channels)?;
+        let full = rows.len(channels) == BLOCK_TOKENS;
+        Ok(if full { Block::Tile(rows.into_tile(channels)) } else { Block::Rows(rows.into()) })
+    }
+
     pub fn len(&self, channels: usize) -> usize {
         match self {
             Block::Rows(r) => r.len(channels),

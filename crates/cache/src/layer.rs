@@ -222,7 +222,7 @@ impl Layer {
         while done < n {
             let open = (self.len.max(self.sinks) - self.sinks) % BLOCK_TOKENS;
             let whole = (n - done) / BLOCK_TOKENS;
-            if self.len >= self.sinks && open == 0 && whole > 0 && self.codec.is_some() && self.recent == 0 {
+            if self.len >= self.sinks && open == 0 && whole > 0 && self.recent == 0 {
                 let part = done * c..(done + whole * BLOCK_TOKENS) * c;
                 self.store_whole(&k[part.clone()], &v[part], start + done)?;
                 done += whole * BLOCK_TOKENS;
@@ -239,16 +239,16 @@ impl Layer {
 
     /// Whole blocks, side by side on all threads.
     fn store_whole(&mut self, k: &[f32], v: &[f32], start: usize) -> Result<(), (usize, TokenError)> {
-        let Some(codec) = self.codec.clone() else { return Ok(()) };
         let part = BLOCK_TOKENS * self.channels;
+        let block = |k: &[f32], v: &[f32]| match &self.codec {
+            Some(codec) => codec.block(k, v, self.channels).map(Block::Coded),
+            None => Block::exact(k, v, self.channels),
+        };
         let blocks: Vec<Arc<Block>> = k
             .par_chunks_exact(part)
             .zip(v.par_chunks_exact(part))
             .enumerate()
-            .map(|(b, (k, v))| {
-                let coded = codec.block(k, v, self.channels);
-                coded.map(|c| Arc::new(Block::Coded(c))).map_err(|(t, e)| (start + b * BLOCK_TOKENS + t, e))
-            })
+            .map(|(b, (k, v))| block(k, v).map(Arc::new).map_err(|(t, e)| (start + b * BLOCK_TOKENS + t, e)))
             .collect::<Result<_, _>>()?;
         self.len += blocks.len() * BLOCK_TOKENS;
         self.blocks.reserve_exact(blocks.len().next_multiple_of(GROW_BLOCKS));

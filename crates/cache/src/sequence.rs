@@ -6,9 +6,10 @@ use kvquant_kernels::attend::Kernels;
 use kvquant_kernels::rope::Rope;
 use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS};
 use kvquant_quant::{KeyStage, Quantizer, Scope, Side, SideQuantizer, Spec};
+use rayon::prelude::*;
 
 use crate::attend::{self, History};
-use crate::block::{Rows, TokenError};
+use crate::block::{Block, TokenError};
 use crate::bytes::Bytes;
 use crate::coded::{Layout, Quantizers};
 use crate::error::CacheError;
@@ -279,13 +280,13 @@ impl Cache {
         let failed =
             |position: usize| move |(side, source): TokenError| CacheError::Token { layer, position, side, source };
         if prefill == Prefill::Exact && n > 1 {
-            let mut own = Vec::with_capacity(n.div_ceil(BLOCK_TOKENS));
-            for (i, (k, v)) in k.chunks_exact(c).zip(v.chunks_exact(c)).enumerate() {
-                if i.is_multiple_of(BLOCK_TOKENS) {
-                    own.push(Rows::with_room(BLOCK_TOKENS.min(n - i), c));
-                }
-                own.last_mut().expect("opened above").push(k, v).map_err(failed(start + i))?;
-            }
+            let part = BLOCK_TOKENS * c;
+            let own: Vec<Block> = k
+                .par_chunks(part)
+                .zip(v.par_chunks(part))
+                .enumerate()
+                .map(|(b, (k, v))| Block::exact(k, v, c).map_err(|(t, e)| failed(start + b * BLOCK_TOKENS + t)(e)))
+                .collect::<Result<_, _>>()?;
             let rope = turns.rope.clone();
             let rotations: Vec<_> = (0..own.len()).map(|b| rope.rotation(start + b * BLOCK_TOKENS)).collect();
             attend::exact(&self.history(layer), &own, &rotations, &queries, start, out)?;

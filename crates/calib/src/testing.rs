@@ -119,6 +119,7 @@ fn tiny(family: &str, qkv_bias: bool) -> Model {
         final_norm: norm(1002),
         head: Arc::new(weight(vocab, hidden, 1003)),
         attention,
+        activations: kvquant_model::Activations::F32,
         fingerprint,
     }
 }

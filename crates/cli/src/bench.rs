@@ -4,11 +4,12 @@ mod bandwidth;
 mod peer;
 mod report;
 
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use kvquant_cache::{Cache, Prefill};
-use kvquant_model::{Logits, Model, Step};
+use kvquant_model::{Logits, Model, Step, Workspace};
 use kvquant_quant::{Quantizer, Spec};
 
 use crate::failure::Input;
@@ -16,7 +17,7 @@ use crate::models;
 use crate::output::peak_memory;
 use crate::progress::Progress;
 use crate::quantizers;
-use report::{Report, Result as Line};
+use report::{Batch, Report, Result as Line, Stages};
 
 /// A text of the project's own, whose keys and values fill the caches.
 const TEXT: &str = include_str!("../assets/station.txt");
@@ -24,6 +25,8 @@ const TEXT: &str = include_str!("../assets/station.txt");
 const SEED_TOKENS: usize = 512;
 /// Tokens of a prefill chunk.
 const CHUNK: usize = 512;
+/// Tokens that are decoded before the cache is cut back to the depth.
+const RUN: usize = 32;
 
 #[derive(clap::Args)]
 #[command(
@@ -53,6 +56,12 @@ pub struct Args {
     /// Quantizer file [default: the built-in one, if it fits the model]
     #[arg(long, value_name = "FILE")]
     quantizer: Option<std::path::PathBuf>,
+    /// Sequences that are decoded together, separated by commas, besides one alone
+    #[arg(long, value_name = "LIST", default_value = "")]
+    batch: String,
+    /// Show where the time of a step goes
+    #[arg(long)]
+    profile: bool,
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
@@ -69,6 +78,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut depths = depths(&args.depths)?;
     depths.sort_unstable();
     depths.dedup();
+    let batches = batches(&args.batch)?;
     let deepest = *depths.last().expect("at least one depth was parsed");
     let mut loaded = models::load(&args.model, None)?;
     loaded.model.allow_context(deepest + 2 * CHUNK + SEED_TOKENS);
@@ -82,7 +92,8 @@ pub fn run(args: Args) -> Result<()> {
     let ids = loaded.tokenizer.encode(TEXT, true)?;
     let ids: Vec<u32> = ids.iter().copied().cycle().take(SEED_TOKENS.max(CHUNK)).collect();
     let seconds = Duration::from_secs_f64(args.seconds.clamp(0.0, 600.0));
-    let bench = Bench { model: &loaded.model, ids: &ids, seconds, prefill: !args.no_prefill };
+    let work = RefCell::new(if args.profile { Workspace::with_clock() } else { Workspace::new() });
+    let bench = Bench { model: &loaded.model, ids: &ids, seconds, prefill: !args.no_prefill, batches, work };
     progress.update("measuring bandwidth", 0, 1);
     let read_gbps = bandwidth::read_gbps();
     let token = bench.token()?;
@@ -95,7 +106,7 @@ pub fn run(args: Args) -> Result<()> {
         for (name, spec) in &kvs {
             progress.update(&format!("{name} at {depth}"), done, total as u64);
             let mut cache = bench.filled(spec, quantizer.as_ref(), depth)?;
-            results.push(bench.measure(name, depth, &mut cache, &token, floor[i])?);
+            results.push(bench.measure(name, depth, &mut cache, &token, floor[i], args.profile)?);
             done += 1;
         }
         if let Some(peer) = &mut peer {
@@ -111,6 +122,7 @@ pub fn run(args: Args) -> Result<()> {
         model: loaded.name.clone(),
         cpu: bandwidth::cpu_name(),
         kernels: kvquant_kernels::attend::Kernels::detect()?.name(),
+        activations: loaded.model.activations.name(),
         threads: rayon::current_num_threads(),
         read_gbps,
         weight_bytes: loaded.model.weight_bytes(),
@@ -135,6 +147,16 @@ fn depths(list: &str) -> Result<Vec<usize>> {
     Ok(all)
 }
 
+fn batches(list: &str) -> Result<Vec<usize>> {
+    let bad = || Input(format!("--batch {list}: expected numbers of sequences from 2 to 1024, as in 4,8"));
+    let parts = list.split(',').map(str::trim).filter(|b| !b.is_empty());
+    let all: Vec<usize> = parts.map(|b| b.parse().map_err(|_| bad())).collect::<Result<_, _>>()?;
+    if all.iter().any(|b| !(2..=1024).contains(b)) {
+        return Err(bad().into());
+    }
+    Ok(all)
+}
+
 /// The middle of some times.
 fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
@@ -146,12 +168,14 @@ struct Bench<'a> {
     ids: &'a [u32],
     seconds: Duration,
     prefill: bool,
+    batches: Vec<usize>,
+    work: RefCell<Workspace>,
 }
 
 impl Bench<'_> {
     fn step(&self, cache: &mut Cache, tokens: &[u32], logits: Logits) -> Result<f64> {
         let start = Instant::now();
-        self.model.forward(&mut [Step { cache, tokens, logits }], Prefill::Exact)?;
+        self.model.forward_in(&mut self.work.borrow_mut(), &mut [Step { cache, tokens, logits }], Prefill::Exact)?;
         Ok(start.elapsed().as_secs_f64())
     }
 
@@ -185,22 +209,73 @@ impl Bench<'_> {
     }
 
     /// Repeats a step that leaves the cache as it was, until the time is over.
-    fn repeat(&self, mut step: impl FnMut() -> Result<f64>) -> Result<f64> {
+    fn repeat(&self, step: impl FnMut() -> Result<f64>) -> Result<f64> {
+        self.repeat_from(3, step)
+    }
+
+    /// [`repeat`](Bench::repeat), at least `least` times.
+    fn repeat_from(&self, least: usize, mut step: impl FnMut() -> Result<f64>) -> Result<f64> {
         let (start, mut times) = (Instant::now(), Vec::new());
-        while times.len() < 3 || start.elapsed() < self.seconds {
+        while times.len() < least || start.elapsed() < self.seconds {
             times.push(step()?);
         }
         Ok(median(times))
     }
 
-    fn measure(&self, kv: &str, depth: usize, cache: &mut Cache, token: &Token, floor_ms: f64) -> Result<Line> {
+    /// Steps of one token after each other; the cache is cut back to its length from time to time, and at the end.
+    fn decode(&self, cache: &mut Cache) -> Result<f64> {
+        let len = cache.len();
+        let step = self.repeat(|| {
+            if cache.len() >= len + RUN {
+                cache.truncate(len)?;
+            }
+            self.step(cache, &self.ids[..1], Logits::Last)
+        })?;
+        cache.truncate(len)?;
+        Ok(step)
+    }
+
+    /// Tokens a second of `n` sequences that are decoded together.
+    fn batch(&self, cache: &Cache, n: usize) -> Result<Batch> {
+        let mut caches: Vec<Cache> = (0..n).map(|_| cache.fork()).collect();
+        let len = cache.len();
+        let step = self.repeat(|| {
+            if caches[0].len() >= len + RUN {
+                caches.iter_mut().try_for_each(|c| c.truncate(len))?;
+            }
+            let tokens = &self.ids[..1];
+            let mut steps: Vec<Step<'_>> =
+                caches.iter_mut().map(|cache| Step { cache, tokens, logits: Logits::Last }).collect();
+            let start = Instant::now();
+            self.model.forward_in(&mut self.work.borrow_mut(), &mut steps, Prefill::Exact)?;
+            Ok(start.elapsed().as_secs_f64())
+        })?;
+        Ok(Batch { sequences: n, decode_tok_s: n as f64 / step })
+    }
+
+    /// Stages of what ran since the last call.
+    fn stages(&self, step: &'static str, on: bool) -> Option<Stages> {
+        let times = self.work.borrow_mut().take_times();
+        let total: f64 = times.iter().map(|(_, t)| t.as_secs_f64()).sum();
+        let shares = times.iter().map(|(stage, t)| (stage.name(), t.as_secs_f64() / total)).collect();
+        on.then_some(Stages { step, shares })
+    }
+
+    fn measure(
+        &self,
+        kv: &str,
+        depth: usize,
+        cache: &mut Cache,
+        token: &Token,
+        floor_ms: f64,
+        profile: bool,
+    ) -> Result<Line> {
         let len = cache.len();
         let cache_bytes = cache.bytes().total();
-        let decode = self.repeat(|| {
-            let t = self.step(cache, &self.ids[..1], Logits::Last)?;
-            cache.truncate(len)?;
-            Ok(t)
-        })?;
+        self.stages("", false);
+        let decode = self.decode(cache)?;
+        let mut stages: Vec<Stages> = self.stages("decode", profile).into_iter().collect();
+        let batch = self.batches.iter().map(|&n| self.batch(cache, n)).collect::<Result<Vec<_>>>()?;
         let shape = self.model.cache_shape();
         let group = shape.heads / shape.kv_heads;
         let queries: Vec<Vec<f32>> = token.k.iter().map(|k| spread(k, shape.head_dim, group)).collect();
@@ -215,16 +290,19 @@ impl Bench<'_> {
             Ok(t)
         })?;
         let chunk = &self.ids[..CHUNK];
+        self.stages("", false);
         let prefill = match self.prefill {
             true => Some(
-                CHUNK as f64 / {
-                    let t = self.step(cache, chunk, Logits::Last)?;
-                    cache.truncate(len)?;
-                    t
-                },
+                CHUNK as f64
+                    / self.repeat_from(1, || {
+                        let t = self.step(cache, chunk, Logits::Last)?;
+                        cache.truncate(len)?;
+                        Ok(t)
+                    })?,
             ),
             false => None,
         };
+        stages.extend(self.stages("prefill", profile && self.prefill));
         let (k, v) = (token.k.iter(), token.v.iter());
         let rows: Vec<(Vec<f32>, Vec<f32>)> = k.zip(v).map(|(k, v)| (k.repeat(CHUNK), v.repeat(CHUNK))).collect();
         let append = self.repeat(|| {
@@ -246,6 +324,8 @@ impl Bench<'_> {
             append_tok_s: CHUNK as f64 / append,
             cache_bytes,
             cache_gbps: cache_bytes as f64 / attend / 1e9,
+            batch,
+            stages,
         })
     }
 }

@@ -39,6 +39,10 @@ struct Cli {
     /// Threads to compute with [default: all cores]
     #[arg(long, global = true, value_name = "N")]
     threads: Option<std::num::NonZeroUsize>,
+    /// What weights are multiplied with: int15 is as good as f32; int8 is faster for prompts and batches, and loses as
+    /// much as other programs lose that way
+    #[arg(long, global = true, value_enum, value_name = "TYPE", default_value = "int15")]
+    activations: models::ActivationsArg,
     /// No progress on stderr
     #[arg(long, short, global = true)]
     quiet: bool,
@@ -78,6 +82,7 @@ enum Command {
 
 fn run(cli: Cli) -> Result<()> {
     progress::set_quiet(cli.quiet);
+    models::set_activations(cli.activations);
     // Refuse a faulty KVQUANT_KERNEL before any work.
     kvquant_kernels::dispatch::isa()?;
     if let Some(n) = cli.threads {

@@ -1,13 +1,33 @@
 //! MODEL and --kv arguments to loaded things.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::Result;
-use kvquant_model::{ChatTemplate, Model, Source, Tokenizer, pull};
+use kvquant_model::{Activations, ChatTemplate, Model, Source, Tokenizer, pull};
 use kvquant_quant::Spec;
 
 use crate::failure::Input;
 use crate::progress::Progress;
+
+static ACTIVATIONS: OnceLock<Activations> = OnceLock::new();
+
+/// `--activations` on the command line.
+#[derive(clap::ValueEnum, Clone, Copy)]
+pub enum ActivationsArg {
+    Int8,
+    Int15,
+    F32,
+}
+
+/// What --activations asks for, before any model is loaded.
+pub fn set_activations(asked: ActivationsArg) {
+    ACTIVATIONS.get_or_init(|| match asked {
+        ActivationsArg::Int8 => Activations::Int8,
+        ActivationsArg::Int15 => Activations::Int15,
+        ActivationsArg::F32 => Activations::F32,
+    });
+}
 
 /// A model with its text side.
 pub struct Loaded {
@@ -25,9 +45,10 @@ pub struct Loaded {
 pub fn load(model: &str, context: Option<usize>) -> Result<Loaded> {
     let mut progress = Progress::new();
     let path = pull::resolve(model, &mut |stage, done, total| progress.update(stage, done, total))?;
-    let (loaded, source) = Model::load_for(&path, context, &mut |done, total| {
+    let (mut loaded, source) = Model::load_for(&path, context, &mut |done, total| {
         progress.update("loading", done as u64, total as u64);
     })?;
+    loaded.activations = ACTIVATIONS.get().copied().unwrap_or_default();
     let tokenizer = Tokenizer::from_source(&source)?;
     let name = Path::new(model).file_name().unwrap_or_default().to_string_lossy().into_owned();
     Ok(Loaded { model: loaded, tokenizer, source, path, name })

@@ -9,7 +9,7 @@ use kvquant_cache::{Prefill, SessionFile, SessionInfo, save_session};
 use kvquant_model::generate::{Event, GenerateOptions, generate};
 use kvquant_model::sampling::{Sampler, SamplingParams};
 use kvquant_model::template::Message;
-use kvquant_model::{Logits, Step};
+use kvquant_model::{Logits, Step, Workspace};
 use kvquant_quant::Spec;
 use kvquant_quant::pack::BLOCK_TOKENS;
 use kvquant_server::sessions::{list, session_path};
@@ -202,10 +202,15 @@ fn save(args: Save) -> Result<()> {
     let mut progress = Progress::new();
     // Passes end where those of a server end.
     let mut end = cache.segment_tokens(1);
+    let mut work = Workspace::new();
     while cache.len() < ids.len() {
         end += args.prefill_chunk;
         let tokens = &ids[cache.len()..end.min(ids.len())];
-        loaded.model.forward(&mut [Step { tokens, cache: &mut cache, logits: Logits::None }], Prefill::Exact)?;
+        loaded.model.forward_in(
+            &mut work,
+            &mut [Step { tokens, cache: &mut cache, logits: Logits::None }],
+            Prefill::Exact,
+        )?;
         progress.update("reading the text", cache.len() as u64, ids.len() as u64);
     }
     progress.clear();

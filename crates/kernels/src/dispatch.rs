@@ -11,7 +11,7 @@ pub enum Isa {
     Scalar,
     /// AVX2 with FMA and F16C (x86-64).
     Avx2,
-    /// AVX-512 F, BW, DQ, VL besides AVX2 (x86-64).
+    /// AVX-512 F, BW, DQ, VL and VNNI besides AVX2 (x86-64); the first CPUs with AVX-512 lack VNNI and are taken as AVX2.
     Avx512,
     /// NEON (aarch64).
     Neon,
@@ -52,6 +52,7 @@ impl Isa {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => std::arch::is_aarch64_feature_detected!("neon"),

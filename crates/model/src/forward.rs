@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use kvquant_cache::{Cache, CacheError, CacheShape, LayerAttention, Prefill};
 use kvquant_kernels::dispatch::DispatchError;
-use kvquant_kernels::weights::{Weight, matmul_fused};
+use kvquant_kernels::weights::{Activations, Weight, matmul_fused};
 use kvquant_quant::{FileError, Fingerprint, Quantizer, Spec};
 
 use crate::config::Config;
 use crate::ops::{add, add_bias, gated, rms_norm, rms_norm_in_place, scale_rows};
 use crate::source::SourceError;
+use crate::workspace::{Stage, Workspace};
 
 /// A model can't be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -88,7 +89,7 @@ pub struct Layer {
     pub post_ffn_norm: Option<Vec<f32>>,
 }
 
-/// A model in memory, weights as quantized in the file.
+/// A model in memory, weights with the values that they have in the file.
 #[derive(Debug)]
 pub struct Model {
     /// Shape and constants.
@@ -103,6 +104,8 @@ pub struct Model {
     pub head: Arc<Weight>,
     /// Rotary positions and window of every layer.
     pub attention: Vec<LayerAttention>,
+    /// What products make of the hidden state; 15-bit integers unless set otherwise.
+    pub activations: Activations,
     /// What quantizer files are matched against.
     pub fingerprint: Fingerprint,
 }
@@ -188,6 +191,32 @@ impl Model {
         prefill: Prefill,
         watch: &mut Watch<'_>,
     ) -> Result<Vec<f32>, ForwardError> {
+        let mut work = Workspace::new();
+        self.pass(&mut work, steps, prefill, watch)?;
+        Ok(work.logits)
+    }
+
+    /// [`forward`](Model::forward) in buffers that are kept: for passes that follow each other.
+    ///
+    /// # Errors
+    /// As [`forward`](Model::forward).
+    pub fn forward_in<'w>(
+        &self,
+        work: &'w mut Workspace,
+        steps: &mut [Step<'_>],
+        prefill: Prefill,
+    ) -> Result<&'w [f32], ForwardError> {
+        self.pass(work, steps, prefill, &mut |_, _, _| {})?;
+        Ok(&work.logits)
+    }
+
+    fn pass(
+        &self,
+        work: &mut Workspace,
+        steps: &mut [Step<'_>],
+        prefill: Prefill,
+        watch: &mut Watch<'_>,
+    ) -> Result<(), ForwardError> {
         for s in steps.iter() {
             if s.tokens.is_empty() {
                 return Err(ForwardError::Empty);
@@ -200,14 +229,15 @@ impl Model {
                 return Err(ForwardError::ContextFull { stored, new, context });
             }
         }
-        let result = self.layers_of(steps, prefill, watch).and_then(|x| {
-            for s in steps.iter_mut() {
-                s.cache.commit(s.tokens.len())?;
-            }
-            Ok(x)
-        });
+        work.start();
+        let result = self
+            .layers_of(work, steps, prefill, watch)
+            .and_then(|()| steps.iter_mut().try_for_each(|s| Ok(s.cache.commit(s.tokens.len())?)));
         match result {
-            Ok(x) => Ok(self.logits(steps, &x)),
+            Ok(()) => {
+                self.logits(work, steps);
+                Ok(())
+            }
             Err(e) => {
                 steps.iter_mut().for_each(|s| s.cache.rollback());
                 Err(e)
@@ -215,67 +245,69 @@ impl Model {
         }
     }
 
-    /// The hidden state after the last layer, `[rows, hidden]`.
+    /// Leaves the hidden state after the last layer, `[rows, hidden]`, in `work.x`.
     fn layers_of(
         &self,
+        work: &mut Workspace,
         steps: &mut [Step<'_>],
         prefill: Prefill,
         watch: &mut Watch<'_>,
-    ) -> Result<Vec<f32>, ForwardError> {
-        let c = &self.config;
+    ) -> Result<(), ForwardError> {
+        let (c, activations) = (&self.config, self.activations);
         let rows: usize = steps.iter().map(|s| s.tokens.len()).sum();
         let (wide, narrow) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let mut x = vec![0.0; rows * c.hidden];
+        work.resize(rows, c.hidden, wide, narrow, c.intermediate);
+        let w = work;
         let tokens = steps.iter().flat_map(|s| s.tokens);
-        for (row, &token) in x.chunks_exact_mut(c.hidden).zip(tokens) {
+        for (row, &token) in w.x.chunks_exact_mut(c.hidden).zip(tokens) {
             self.embed.dequant_row(token as usize, row);
         }
         if c.embedding_scale != 1.0 {
-            x.iter_mut().for_each(|x| *x *= c.embedding_scale);
+            w.x.iter_mut().for_each(|x| *x *= c.embedding_scale);
         }
-        let mut normed = vec![0.0; rows * c.hidden];
-        let (mut q, mut attended) = (vec![0.0; rows * wide], vec![0.0; rows * wide]);
-        let (mut k, mut v) = (vec![0.0; rows * narrow], vec![0.0; rows * narrow]);
-        let (mut gate, mut up) = (vec![0.0; rows * c.intermediate], vec![0.0; rows * c.intermediate]);
+        w.lap(Stage::Embed);
         for (i, l) in self.layers.iter().enumerate() {
-            rms_norm(&x, &l.attn_norm, c.norm_eps, &mut normed);
-            matmul_fused(&[&l.q, &l.k, &l.v], &normed, rows, &mut [&mut q, &mut k, &mut v]);
-            add_bias(&mut q, &l.q_bias);
-            add_bias(&mut k, &l.k_bias);
-            add_bias(&mut v, &l.v_bias);
-            rms_norm_in_place(&mut q, &l.q_norm, c.norm_eps);
-            rms_norm_in_place(&mut k, &l.k_norm, c.norm_eps);
-            scale_rows(&mut q, &c.rotary[c.attention[i].rotary].query_scale);
-            watch(i, &k, &v);
-            let mut at = 0;
-            for s in steps.iter_mut() {
-                let (of_q, of_kv) =
-                    (at * wide..(at + s.tokens.len()) * wide, at * narrow..(at + s.tokens.len()) * narrow);
-                let (k, v) = (&k[of_kv.clone()], &v[of_kv]);
-                s.cache.extend(i, &q[of_q.clone()], k, v, prefill, &mut attended[of_q])?;
-                at += s.tokens.len();
-            }
-            l.o.matmul(&attended, rows, &mut normed);
-            rms_norm_in_place(&mut normed, &l.post_attn_norm, c.norm_eps);
-            add(&mut x, &normed);
-            rms_norm(&x, &l.ffn_norm, c.norm_eps, &mut normed);
-            matmul_fused(&[&l.gate, &l.up], &normed, rows, &mut [&mut gate, &mut up]);
-            gated(c.family.activation, &mut gate, &up);
-            l.down.matmul(&gate, rows, &mut normed);
-            rms_norm_in_place(&mut normed, &l.post_ffn_norm, c.norm_eps);
-            add(&mut x, &normed);
+            rms_norm(&w.x, &l.attn_norm, c.norm_eps, &mut w.normed);
+            w.lap(Stage::Norms);
+            matmul_fused(activations, &[&l.q, &l.k, &l.v], &w.normed, rows, &mut [&mut w.q, &mut w.k, &mut w.v]);
+            w.lap(Stage::Qkv);
+            add_bias(&mut w.q, &l.q_bias);
+            add_bias(&mut w.k, &l.k_bias);
+            add_bias(&mut w.v, &l.v_bias);
+            rms_norm_in_place(&mut w.q, &l.q_norm, c.norm_eps);
+            rms_norm_in_place(&mut w.k, &l.k_norm, c.norm_eps);
+            scale_rows(&mut w.q, &c.rotary[c.attention[i].rotary].query_scale);
+            watch(i, &w.k, &w.v);
+            w.lap(Stage::Norms);
+            extend(i, steps, [&w.q, &w.k, &w.v], [wide, narrow], prefill, &mut w.attended)?;
+            w.lap(Stage::Cache);
+            l.o.matmul(activations, &w.attended, rows, &mut w.normed);
+            w.lap(Stage::Output);
+            rms_norm_in_place(&mut w.normed, &l.post_attn_norm, c.norm_eps);
+            add(&mut w.x, &w.normed);
+            rms_norm(&w.x, &l.ffn_norm, c.norm_eps, &mut w.normed);
+            w.lap(Stage::Norms);
+            matmul_fused(activations, &[&l.gate, &l.up], &w.normed, rows, &mut [&mut w.gate, &mut w.up]);
+            w.lap(Stage::GateUp);
+            gated(c.family.activation, &mut w.gate, &w.up);
+            w.lap(Stage::Gate);
+            l.down.matmul(activations, &w.gate, rows, &mut w.normed);
+            w.lap(Stage::Down);
+            rms_norm_in_place(&mut w.normed, &l.post_ffn_norm, c.norm_eps);
+            add(&mut w.x, &w.normed);
             // NaN and infinity survive a sum.
-            if !x.iter().sum::<f32>().is_finite() && x.iter().any(|v| !v.is_finite()) {
+            if !w.x.iter().sum::<f32>().is_finite() && w.x.iter().any(|v| !v.is_finite()) {
                 return Err(ForwardError::NotFinite { layer: i });
             }
+            w.lap(Stage::Norms);
         }
-        Ok(x)
+        Ok(())
     }
 
-    fn logits(&self, steps: &[Step<'_>], x: &[f32]) -> Vec<f32> {
-        let n = self.config.hidden;
-        let mut picked = Vec::new();
-        let mut at = 0;
+    /// From the hidden state in `work.x` to `work.logits`: of the rows that are asked for, and no other.
+    fn logits(&self, work: &mut Workspace, steps: &[Step<'_>]) {
+        let (n, w) = (self.config.hidden, work);
+        let (mut at, mut rows) = (0, 0);
         for s in steps {
             let end = at + s.tokens.len();
             let first = match s.logits {
@@ -283,17 +315,41 @@ impl Model {
                 Logits::Last => end - 1,
                 Logits::All => at,
             };
-            picked.extend_from_slice(&x[first * n..end * n]);
-            at = end;
+            let picked = &mut w.normed[rows * n..(rows + end - first) * n];
+            rms_norm(&w.x[first * n..end * n], &self.final_norm, self.config.norm_eps, picked);
+            (at, rows) = (end, rows + end - first);
         }
-        let rows = picked.len() / n;
-        let mut normed = vec![0.0; picked.len()];
-        rms_norm(&picked, &self.final_norm, self.config.norm_eps, &mut normed);
-        let mut logits = vec![0.0; rows * self.config.vocab];
-        self.head.matmul(&normed, rows, &mut logits);
+        w.logits.resize(rows * self.config.vocab, 0.0);
+        self.head.matmul(self.activations, &w.normed[..rows * n], rows, &mut w.logits);
         if let Some(cap) = self.config.logit_cap {
-            logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+            w.logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
         }
-        logits
+        w.lap(Stage::Head);
     }
+}
+
+/// A layer's queries, keys and values `[rows, width]` into the caches of their sequences, which work side by side.
+fn extend(
+    layer: usize,
+    steps: &mut [Step<'_>],
+    [q, k, v]: [&[f32]; 3],
+    [wide, narrow]: [usize; 2],
+    prefill: Prefill,
+    out: &mut [f32],
+) -> Result<(), CacheError> {
+    match steps {
+        [] => return Ok(()),
+        [s] => return s.cache.extend(layer, q, k, v, prefill, out),
+        _ => {}
+    }
+    let (steps, more_steps) = steps.split_at_mut(steps.len() / 2);
+    let rows: usize = steps.iter().map(|s| s.tokens.len()).sum();
+    let ((q, more_q), (k, more_k), (v, more_v)) =
+        (q.split_at(rows * wide), k.split_at(rows * narrow), v.split_at(rows * narrow));
+    let (out, more_out) = out.split_at_mut(rows * wide);
+    let (a, z) = rayon::join(
+        || extend(layer, steps, [q, k, v], [wide, narrow], prefill, out),
+        || extend(layer, more_steps, [more_q, more_k, more_v], [wide, narrow], prefill, more_out),
+    );
+    a.and(z)
 }

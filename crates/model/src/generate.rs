@@ -8,6 +8,7 @@ use crate::forward::{ForwardError, Logits, Model, Step};
 use crate::sampling::Sampler;
 use crate::stream::TextStream;
 use crate::tokenizer::Tokenizer;
+use crate::workspace::Workspace;
 
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -113,12 +114,12 @@ pub fn generate(
         prefill_seconds: 0.0,
         decode_seconds: 0.0,
     };
-    let mut logits = Vec::new();
+    let mut work = Workspace::new();
     let mut done = 0;
     for chunk in prompt.chunks(options.prefill_chunk.max(1)) {
         let last = done + chunk.len() == prompt.len();
         let wanted = if last { Logits::Last } else { Logits::None };
-        logits = model.forward(&mut [Step { tokens: chunk, cache, logits: wanted }], options.prefill)?;
+        model.forward_in(&mut work, &mut [Step { tokens: chunk, cache, logits: wanted }], options.prefill)?;
         done += chunk.len();
         if !on_event(Event::Prefill { done, total: prompt.len() }) {
             outcome.prefill_seconds = start.elapsed().as_secs_f64();
@@ -132,7 +133,7 @@ pub fn generate(
         if outcome.tokens.len() == options.max_tokens {
             break StopReason::MaxTokens;
         }
-        let id = sampler.sample(&logits)?;
+        let id = sampler.sample(work.logits())?;
         outcome.tokens.push(id);
         if tokenizer.end_of_turn().contains(&id) {
             break StopReason::EndOfTurn;
@@ -150,7 +151,7 @@ pub fn generate(
         if cache.len() >= context {
             break StopReason::ContextFull;
         }
-        logits = model.forward(&mut [Step { tokens: &[id], cache, logits: Logits::Last }], options.prefill)?;
+        model.forward_in(&mut work, &mut [Step { tokens: &[id], cache, logits: Logits::Last }], options.prefill)?;
     };
     let rest = stream.ready(true);
     if !rest.is_empty() {

@@ -17,7 +17,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use kvquant_kernels::weights::{Weight, WeightType};
+use kvquant_kernels::weights::{FileWeight, WeightType};
 
 use crate::source::{Fields, SourceError};
 
@@ -121,11 +121,11 @@ impl Gguf {
     ///
     /// # Errors
     /// When the tensor is missing, of another shape, of a type that the kernels lack, or can't be read.
-    pub fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, SourceError> {
+    pub fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<FileWeight, SourceError> {
         let info = self.shaped(name, &[cols as u64, rows as u64])?;
         let ty = self.weight_type(info)?;
         let data = self.read(info)?;
-        Weight::from_gguf(ty, rows, cols, data).map_err(|source| SourceError::Weight {
+        FileWeight::new(ty, rows, cols, data).map_err(|source| SourceError::Weight {
             path: self.path.clone(),
             tensor: name.to_owned(),
             source,

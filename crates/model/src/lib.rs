@@ -24,10 +24,13 @@ pub mod source;
 pub mod stream;
 pub mod template;
 pub mod tokenizer;
+mod workspace;
 
 pub use config::Config;
 pub use forward::{ForwardError, Layer, Logits, Model, Step};
 pub use gguf::Gguf;
+pub use kvquant_kernels::weights::Activations;
 pub use source::Source;
 pub use template::ChatTemplate;
 pub use tokenizer::Tokenizer;
+pub use workspace::{Stage, Workspace};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kvquant_cache::LayerAttention;
 use kvquant_kernels::rope::Rope;
-use kvquant_kernels::weights::Weight;
+use kvquant_kernels::weights::{Activations, FileWeight, Weight};
 use kvquant_quant::Fingerprint;
 use sha2::{Digest, Sha256};
 
@@ -60,13 +60,26 @@ impl Model {
         let ropes: Vec<Arc<Rope>> = c.rotary.iter().map(|r| Arc::new(Rope { inv_freq: r.inv_freq.clone() })).collect();
         let attention =
             c.attention.iter().map(|a| LayerAttention { rope: ropes[a.rotary].clone(), window: a.window }).collect();
-        Ok((Model { config, embed, layers, final_norm, head, attention, fingerprint }, source))
+        Ok((
+            Model {
+                config,
+                embed,
+                layers,
+                final_norm,
+                head,
+                attention,
+                activations: Activations::default(),
+                fingerprint,
+            },
+            source,
+        ))
     }
 }
 
 fn layer(t: &Tensors<'_>, c: &Config, i: usize) -> Result<Layer, ForwardError> {
     let name = |part: &str| format!("blk.{i}.{part}");
     let (wide, narrow) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+    let pack = |w: FileWeight| -> Result<Weight, ForwardError> { Ok(w.pack()?) };
     // Rows of a matrix, or some of them, in the order that this program has them.
     let order = |rows: Range<usize>, turns: bool| -> Vec<usize> {
         let first = rows.start;
@@ -74,18 +87,22 @@ fn layer(t: &Tensors<'_>, c: &Config, i: usize) -> Result<Layer, ForwardError> {
     };
     let turned = |v: Vec<f32>| order(0..v.len(), true).into_iter().map(|r| v[r]).collect::<Vec<f32>>();
     let [q, k, v] = if c.family.fused {
-        let all = t.weight(&name("attn_qkv.weight"), wide + 2 * narrow, c.hidden)?;
-        let of = |rows: Range<usize>, turns| all.permute_rows(&order(rows, turns));
-        [of(0..wide, true), of(wide..wide + narrow, true), of(wide + narrow..wide + 2 * narrow, false)]
+        let all = t.file_weight(&name("attn_qkv.weight"), wide + 2 * narrow, c.hidden)?;
+        let of = |rows: Range<usize>, turns| pack(all.select(&order(rows, turns)));
+        [of(0..wide, true)?, of(wide..wide + narrow, true)?, of(wide + narrow..wide + 2 * narrow, false)?]
     } else {
-        let of = |part: &str, rows| t.weight(&name(part), rows, c.hidden);
-        let turned = |w: Weight| if c.half_split { w.permute_rows(&order(0..w.rows(), true)) } else { w };
-        [turned(of("attn_q.weight", wide)?), turned(of("attn_k.weight", narrow)?), of("attn_v.weight", narrow)?]
+        let of = |part: &str, rows| t.file_weight(&name(part), rows, c.hidden);
+        let turned = |w: FileWeight| if c.half_split { w.select(&order(0..w.rows(), true)) } else { w };
+        [
+            pack(turned(of("attn_q.weight", wide)?))?,
+            pack(turned(of("attn_k.weight", narrow)?))?,
+            pack(of("attn_v.weight", narrow)?)?,
+        ]
     };
     let mlp = c.intermediate;
     let [gate, up] = if c.family.fused {
-        let all = t.weight(&name("ffn_up.weight"), 2 * mlp, c.hidden)?;
-        [all.permute_rows(&order(0..mlp, false)), all.permute_rows(&order(mlp..2 * mlp, false))]
+        let all = t.file_weight(&name("ffn_up.weight"), 2 * mlp, c.hidden)?;
+        [pack(all.select(&order(0..mlp, false)))?, pack(all.select(&order(mlp..2 * mlp, false)))?]
     } else {
         [t.weight(&name("ffn_gate.weight"), mlp, c.hidden)?, t.weight(&name("ffn_up.weight"), mlp, c.hidden)?]
     };

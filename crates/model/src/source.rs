@@ -12,7 +12,7 @@ mod safetensors;
 
 use std::path::Path;
 
-use kvquant_kernels::weights::Weight;
+use kvquant_kernels::weights::FileWeight;
 
 use crate::gguf::Gguf;
 pub use error::SourceError;
@@ -65,7 +65,7 @@ impl Source {
     ///
     /// # Errors
     /// The tensor is missing, of another shape or of a type that the kernels lack, or can't be read.
-    pub fn weight(&self, tensor: &str, rows: usize, cols: usize) -> Result<Weight, SourceError> {
+    pub fn weight(&self, tensor: &str, rows: usize, cols: usize) -> Result<FileWeight, SourceError> {
         match self {
             Self::Gguf(g) => g.weight(tensor, rows, cols),
             Self::Folder(f) => f.weight(tensor, rows, cols),

@@ -14,6 +14,7 @@ mod admit;
 mod command;
 mod sequence;
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,7 +22,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use kvquant_cache::{Cache, Prefill, SessionIdentity};
-use kvquant_model::{ForwardError, Logits, Model, Step, Tokenizer};
+use kvquant_model::{ForwardError, Logits, Model, Step, Tokenizer, Workspace};
 use kvquant_quant::pack::BLOCK_TOKENS;
 use rayon::prelude::*;
 
@@ -84,6 +85,7 @@ struct Worker {
     shared: Arc<Shared>,
     waiting: VecDeque<(Job, Instant)>,
     running: Vec<Sequence>,
+    work: Workspace,
     prefixes: Prefixes,
     root: Key,
     sessions: Option<Arc<Sessions>>,
@@ -116,6 +118,7 @@ pub fn start(
         shared,
         waiting: VecDeque::new(),
         running: Vec::new(),
+        work: Workspace::new(),
         prefixes: Prefixes::default(),
         turn: 0,
         next_id: 1,
@@ -211,9 +214,10 @@ impl Worker {
         }
         let turns = self.turns();
         let started = Instant::now();
-        let done = forward(&self.served.model, &mut self.running, &turns);
+        let mut work = std::mem::take(&mut self.work);
+        let done = forward(&self.served.model, &mut work, &mut self.running, &turns);
         let results = match done {
-            Ok(logits) => split(&turns, &logits, self.served.model.config.vocab),
+            Ok(logits) => split(&turns, logits, self.served.model.config.vocab),
             Err(e) if turns.iter().flatten().count() > 1 => {
                 // One of them is at fault: alone, the others go on.
                 tracing::warn!(error = %e, "a pass failed; its sequences are run one by one");
@@ -222,8 +226,8 @@ impl Worker {
             Err(e) => turns.iter().map(|t| t.map(|_| Err(Failure::Model(e.to_string())))).collect(),
         };
         let tokenizer = &*self.served.tokenizer;
-        let work: Vec<_> = self.running.iter_mut().zip(&turns).zip(results).collect();
-        let over: Vec<bool> = work
+        let advances: Vec<_> = self.running.iter_mut().zip(&turns).zip(results).collect();
+        let over: Vec<bool> = advances
             .into_par_iter()
             .with_max_len(1)
             .map(|((sequence, turn), result)| match (turn, result) {
@@ -231,6 +235,7 @@ impl Worker {
                 _ => false,
             })
             .collect();
+        self.work = work;
         let metrics = self.shared.metrics.clone();
         let prompt: usize = turns.iter().flatten().map(|t| if t.decode { 0 } else { t.tokens }).sum();
         let decode = turns.iter().flatten().filter(|t| t.decode).count();
@@ -274,12 +279,12 @@ impl Worker {
         turns
     }
 
-    fn one_by_one(&mut self, turns: &[Option<Turn>]) -> Vec<Option<Result<Vec<f32>, Failure>>> {
+    fn one_by_one(&mut self, turns: &[Option<Turn>]) -> Vec<Option<Result<Cow<'static, [f32]>, Failure>>> {
         let model = &self.served.model;
         let alone = self.running.iter_mut().zip(turns).map(|(s, turn)| {
             let turn = (*turn)?;
             let mut step = [s.step(turn)];
-            Some(model.forward(&mut step, Prefill::Exact).map_err(|e| Failure::Model(e.to_string())))
+            Some(model.forward(&mut step, Prefill::Exact).map(Cow::Owned).map_err(|e| Failure::Model(e.to_string())))
         });
         alone.collect()
     }
@@ -335,18 +340,22 @@ impl Worker {
     }
 }
 
-fn forward(model: &Model, running: &mut [Sequence], turns: &[Option<Turn>]) -> Result<Vec<f32>, ForwardError> {
+fn forward<'w>(
+    model: &Model,
+    work: &'w mut Workspace,
+    running: &mut [Sequence],
+    turns: &[Option<Turn>],
+) -> Result<&'w [f32], ForwardError> {
     let mut steps: Vec<Step<'_>> =
         running.iter_mut().zip(turns).filter_map(|(s, turn)| turn.map(|turn| s.step(turn))).collect();
-    model.forward(&mut steps, Prefill::Exact)
+    model.forward_in(work, &mut steps, Prefill::Exact)
 }
 
 /// The logits of each sequence that asked for them.
-fn split(turns: &[Option<Turn>], logits: &[f32], vocab: usize) -> Vec<Option<Result<Vec<f32>, Failure>>> {
+fn split<'l>(turns: &[Option<Turn>], logits: &'l [f32], vocab: usize) -> Vec<Option<Result<Cow<'l, [f32]>, Failure>>> {
     let mut rows = logits.chunks_exact(vocab);
-    let of = |t: Turn| if t.logits { rows.next().unwrap_or_default().to_vec() } else { Vec::new() };
-    let mut of = of;
-    turns.iter().map(|t| t.map(|t| Ok(of(t)))).collect()
+    let mut of = |t: Turn| if t.logits { rows.next().unwrap_or_default() } else { &[] };
+    turns.iter().map(|t| t.map(|t| Ok(Cow::Borrowed(of(t))))).collect()
 }
 
 impl Turn {

@@ -10,6 +10,7 @@ pub struct Report {
     pub model: String,
     pub cpu: String,
     pub kernels: &'static str,
+    pub activations: &'static str,
     pub threads: usize,
     pub read_gbps: f64,
     pub weight_bytes: usize,
@@ -30,6 +31,25 @@ pub struct Result {
     pub append_tok_s: f64,
     pub cache_bytes: usize,
     pub cache_gbps: f64,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub batch: Vec<Batch>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<Stages>,
+}
+
+/// Sequences that are decoded together, at this depth each.
+#[derive(Serialize)]
+pub struct Batch {
+    pub sequences: usize,
+    pub decode_tok_s: f64,
+}
+
+/// Where the time of a step goes.
+#[derive(Serialize)]
+pub struct Stages {
+    pub step: &'static str,
+    /// Parts of the whole, in the order of the pass.
+    pub shares: Vec<(&'static str, f64)>,
 }
 
 #[derive(Serialize, serde::Deserialize)]
@@ -48,6 +68,8 @@ impl Report {
     }
 
     pub fn table(&self) -> String {
+        let batches: Vec<usize> =
+            self.results.first().map_or(vec![], |r| r.batch.iter().map(|b| b.sequences).collect());
         let against = |ours: Option<f64>, theirs: Option<f64>| match (ours, theirs) {
             (Some(a), Some(b)) => format!("{:.2}", a / b),
             _ => String::from("-"),
@@ -64,6 +86,8 @@ impl Report {
             "append tok/s",
             "held",
         ];
+        let together: Vec<String> = batches.iter().map(|n| format!("{n} at once, tok/s")).collect();
+        head.extend(together.iter().map(String::as_str));
         if !self.peer.is_empty() {
             head.extend(["decode to peer's best", "prefill to peer's best"]);
         }
@@ -82,6 +106,9 @@ impl Report {
                 format!("{:.0}", r.append_tok_s),
                 bytes(r.cache_bytes as f64),
             ];
+            row.extend(
+                r.batch.iter().map(|b| format!("{:.1} ({:.2}x)", b.decode_tok_s, b.decode_tok_s / r.decode_tok_s)),
+            );
             if !self.peer.is_empty() {
                 row.push(against(Some(r.decode_tok_s), self.best_peer(r.depth, |p| Some(p.decode_tok_s))));
                 row.push(against(r.prefill_tok_s, self.best_peer(r.depth, |p| p.prefill_tok_s)));
@@ -91,19 +118,37 @@ impl Report {
         for p in &self.peer {
             let mut row = vec![format!("llama.cpp {}", p.kv), p.depth.to_string(), format!("{:.1}", p.decode_tok_s)];
             row.extend(["-"; 3].map(String::from));
-            row.extend([number(p.prefill_tok_s), "-".into(), bytes(p.cache_bytes as f64), "".into(), "".into()]);
+            row.extend([number(p.prefill_tok_s), "-".into(), bytes(p.cache_bytes as f64)]);
+            row.resize(rows[0].len(), String::new());
             rows.push(row);
         }
         let peak = self.peak_bytes.map_or_else(String::new, |b| format!("; process peak {}", bytes(b)));
         format!(
-            "{}\n{}: {} on {} threads, {} kernels; {:.1} GB/s read, weights {}{peak}\n",
+            "{}\n{}{}: {} on {} threads, {} kernels, {} activations; {:.1} GB/s read, weights {}{peak}\n",
             table(&rows),
+            self.profile(),
             self.model,
             self.cpu,
             self.threads,
             self.kernels,
+            self.activations,
             self.read_gbps,
             bytes(self.weight_bytes as f64),
         )
+    }
+
+    /// A table of stages, where they were measured.
+    fn profile(&self) -> String {
+        let of = |r: &Result| r.stages.iter().map(|s| (r.kv.clone(), r.depth, s.step)).collect::<Vec<_>>();
+        let columns: Vec<_> = self.results.iter().flat_map(of).collect();
+        let stages: Vec<&Stages> = self.results.iter().flat_map(|r| &r.stages).collect();
+        let Some(first) = stages.first() else { return String::new() };
+        let mut rows = vec![vec![String::from("stage, % of the step")]];
+        rows[0].extend(columns.iter().map(|(kv, depth, step)| format!("{kv} {step} at {depth}")));
+        for (i, (name, _)) in first.shares.iter().enumerate() {
+            let shares = stages.iter().map(|s| format!("{:.1}", 100.0 * s.shares[i].1));
+            rows.push(std::iter::once((*name).to_string()).chain(shares).collect());
+        }
+        format!("{}\n", table(&rows))
     }
 }

@@ -53,11 +53,10 @@ impl Kernels {
     /// The override is unknown or this CPU lacks it.
     pub fn detect() -> Result<Self, DispatchError> {
         Ok(match dispatch::isa()? {
-            // The 512-bit form needs VNNI; the first CPUs with AVX-512 lack it and run the 256-bit one.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 if is_x86_feature_detected!("avx512vnni") => Kernels(Backend::Avx512),
+            Isa::Avx512 => Kernels(Backend::Avx512),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 | Isa::Avx512 => Kernels(Backend::Avx2),
+            Isa::Avx2 => Kernels(Backend::Avx2),
             _ => Kernels(Backend::Scalar),
         })
     }
@@ -68,7 +67,7 @@ impl Kernels {
         #[cfg(target_arch = "x86_64")]
         if Isa::Avx2.is_available() {
             all.push(Kernels(Backend::Avx2));
-            if Isa::Avx512.is_available() && is_x86_feature_detected!("avx512vnni") {
+            if Isa::Avx512.is_available() {
                 all.push(Kernels(Backend::Avx512));
             }
         }

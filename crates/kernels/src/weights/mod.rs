@@ -1,26 +1,42 @@
-//! Quantized weight matrices of GGUF types, and their products with f32 activations.
+//! Quantized weight matrices of GGUF types, and their products with activations.
 //!
-//! Weights stay as the file has them; activations are never quantized. Few rows (decode): codes are decoded in
-//! registers and multiplied at once, so that memory is read once and only the packed bytes. Many rows (prefill):
-//! panels of weight rows are dequantized once and go through a register-tiled dense product.
+//! ```text
+//! file         a tensor's blocks as GGUF has them
+//!   pack       once, at load: panels of 16 rows            layout (drawn there)
+//! activations  f32 -> int8, 32 to a scale
+//!   product    tasks: panels x strips of tokens
+//!     integers int8 dot products                           scalar (the twin), avx2, avx512, neon
+//!     floats   panels dequantized, f32 tiles               floats (with the twin), avx2, avx512
+//! ```
 //!
-//! `blocks` has the formats and their plain loops, the twin that every backend is tested against; `product` cuts
-//! products into tasks; `avx2` and `avx512` say where they depart from the twin. NEON has no kernels of its own: the plain
-//! loops, which the compiler vectorizes, for few rows, and the dense product of `linalg` for many.
+//! Packing changes no value. Integer activations are what products normally take; f32 ones are for weights that are floats,
+//! and for who asks for them ([`Activations`]). aarch64 has no f32 kernels of its own: plain loops, which the compiler
+//! vectorizes.
 
+mod activations;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-mod blocks;
+mod file;
+mod floats;
+mod layout;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod pack;
 mod product;
+mod scalar;
+mod types;
 
-pub use blocks::WeightType;
+pub use file::FileWeight;
 pub use product::matmul_fused;
+pub use types::WeightType;
+
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::dispatch::{self, DispatchError, Isa};
+use crate::dispatch::{DispatchError, Isa};
 
 /// A weight matrix can't be built.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -54,32 +70,55 @@ pub enum WeightError {
     Dispatch(#[from] DispatchError),
 }
 
-/// A matrix `[rows = outputs, cols = inputs]`, rows contiguous.
+/// What a product makes of its activations. Weights that are floats (F32, F16, BF16) always meet f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Activations {
+    /// 8 bits, each 32 with a scale of their own: the fastest, off by at most 1/254 of the largest of the 32.
+    Int8,
+    /// 15 bits, likewise: off by at most 1/32,512 of the largest, twice the work of 8 bits.
+    #[default]
+    Int15,
+    /// As they are.
+    F32,
+}
+
+impl Activations {
+    /// All of them.
+    pub const ALL: [Activations; 3] = [Activations::Int8, Activations::Int15, Activations::F32];
+
+    /// What the command line calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Activations::Int8 => "int8",
+            Activations::Int15 => "int15",
+            Activations::F32 => "f32",
+        }
+    }
+
+    /// Bytes of an integer.
+    fn parts(self) -> usize {
+        if self == Activations::Int15 { 2 } else { 1 }
+    }
+}
+
+/// A matrix `[rows = outputs, cols = inputs]` as kernels take it.
 #[derive(Debug, Clone)]
 pub struct Weight {
     rows: usize,
     cols: usize,
     ty: WeightType,
-    data: Vec<u8>,
+    packed: Arc<pack::Packed>,
     // Only ever one that this CPU has: what calls of its kernels rely on.
     isa: Isa,
 }
 
 impl Weight {
-    /// Takes a tensor's bytes as GGUF stores them.
+    /// Takes a tensor's bytes as GGUF stores them, and packs them.
     ///
     /// # Errors
     /// The length does not follow from shape and type, or `KVQUANT_KERNEL` can't be followed.
     pub fn from_gguf(ty: WeightType, rows: usize, cols: usize, data: Vec<u8>) -> Result<Self, WeightError> {
-        let (weights, bytes) = ty.block();
-        if cols == 0 || !cols.is_multiple_of(weights) {
-            return Err(WeightError::Columns { cols, block: weights, ty: ty.name() });
-        }
-        let expected = (cols / weights).checked_mul(bytes).and_then(|b| b.checked_mul(rows)).unwrap_or(usize::MAX);
-        if data.len() != expected {
-            return Err(WeightError::Length { rows, cols, ty: ty.name(), expected, got: data.len() });
-        }
-        Ok(Weight { rows, cols, ty, data, isa: dispatch::isa()? })
+        Ok(FileWeight::new(ty, rows, cols, data)?.pack()?)
     }
 
     /// Outputs.
@@ -92,36 +131,21 @@ impl Weight {
         self.cols
     }
 
-    /// How the weights are stored.
+    /// How the file stores the weights.
     pub fn ty(&self) -> WeightType {
         self.ty
     }
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        self.data.len()
+        self.packed.bytes()
     }
 
-    fn row(&self, row: usize) -> &[u8] {
-        let n = self.data.len() / self.rows;
-        &self.data[row * n..(row + 1) * n]
-    }
-
-    /// The same rows in another order: row i of the result is row `order[i]`.
-    pub fn permute_rows(&self, order: &[usize]) -> Self {
-        let data = order.iter().flat_map(|&r| self.row(r)).copied().collect();
-        Weight { rows: order.len(), data, ..*self }
-    }
-
-    /// One row as f32, `out` of `cols` entries.
+    /// One row as f32, `out` of `cols` entries: the file's values, bit for bit.
     pub fn dequant_row(&self, row: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols, "a row has `cols` weights");
-        match self.isa {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: a Weight's instruction set is one that the CPU has.
-            Isa::Avx2 | Isa::Avx512 => unsafe { avx2::dequant(self.ty, self.row(row), out) },
-            _ => blocks::dequant(self.ty, self.row(row), out),
-        }
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        pack::dequant_row(self, row, out);
     }
 
     /// All weights as f32 `[rows, cols]`.
@@ -132,8 +156,8 @@ impl Weight {
     }
 
     /// y = x W^T: x `[m, cols]`, y `[m, rows]`.
-    pub fn matmul(&self, x: &[f32], m: usize, y: &mut [f32]) {
-        matmul_fused(&[self], x, m, &mut [y]);
+    pub fn matmul(&self, activations: Activations, x: &[f32], m: usize, y: &mut [f32]) {
+        matmul_fused(activations, &[self], x, m, &mut [y]);
     }
 }
 

@@ -3,93 +3,37 @@
 //! A call from within a rayon worker (`rayon::scope`, `ThreadPool::install`) starts its tasks at once; from any other
 //! thread it pays two context switches (15 us), which is as much as a small product. So generation loops belong inside.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Weight, blocks};
+use super::activations::{Quantized, STRIP, stride, strips};
+use super::layout::{BLOCK, ROWS};
+#[cfg(target_arch = "aarch64")]
+use super::neon;
+use super::{Activations, Weight, floats, scalar};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 use crate::dispatch::Isa;
-use crate::linalg;
 
-/// Weights that a decode kernel takes at a time.
-pub(super) const RUN: usize = 32;
-/// Columns of a panel: 6 rows of activations and what streams past them stay in a 32 KB L1.
-pub(super) const DEPTH: usize = 768;
+/// Weights that can share an input.
+const FUSED: usize = 4;
 /// Bytes below which a task is not worth its start (about 1 us of work).
 const LEAST_BYTES: usize = 8 << 10;
 /// Tasks a thread, so that one that is held up does not hold up the others.
 const TASKS: usize = 8;
+/// Panels of a task, at most, so that they stay in L2 beside the activations.
+const PANELS: usize = 8;
+/// Bytes of integer activations that stay in L2 while panels pass.
+const CHUNK: usize = 256 << 10;
 
-/// Rows of x up to which weights are multiplied as they are decoded; beyond, panels are faster (measured with Q4_1,
-/// 1536 x 576: 20 and 24 us a token at 16 with AVX-512, 33 and 34 at 8 with AVX2).
-fn few_at_most(isa: Isa) -> usize {
-    match isa {
-        Isa::Avx512 => 16,
-        _ => 8,
-    }
-}
-
-/// Rows of activations on cache lines of their own (a load that straddles two costs as much as two), and the sum
-/// of each run of 32.
-pub(super) struct Rows {
-    x: Vec<Lanes>,
-    sums: Vec<f32>,
-    cols: usize,
-}
-
-impl Rows {
-    fn copy(x: &[f32], cols: usize) -> Rows {
-        let m = x.len() / cols;
-        let mut lines = Vec::with_capacity(m * Self::lines(cols));
-        let mut sums = Vec::with_capacity(m * (cols / RUN));
-        for x in x.chunks_exact(cols) {
-            let (whole, rest) = x.as_chunks::<16>();
-            lines.extend(whole.iter().map(|line| Lanes(*line)));
-            if !rest.is_empty() {
-                let mut line = Lanes::ZERO;
-                line.0[..rest.len()].copy_from_slice(rest);
-                lines.push(line);
-            }
-            sums.extend(x.as_chunks::<RUN>().0.iter().map(|run| run.iter().sum::<f32>()));
-        }
-        Rows { x: lines, sums, cols }
-    }
-
-    fn lines(cols: usize) -> usize {
-        cols.div_ceil(16)
-    }
-
-    /// Rows.
-    pub fn len(&self) -> usize {
-        self.x.len() / Self::lines(self.cols)
-    }
-
-    /// Row t: its whole cache lines, 0 beyond its end.
-    pub fn row(&self, t: usize) -> &[Lanes] {
-        &self.x[t * Self::lines(self.cols)..][..Self::lines(self.cols)]
-    }
-
-    /// Sums of the runs of row t.
-    pub fn sums(&self, t: usize) -> &[f32] {
-        &self.sums[t * (self.cols / RUN)..][..self.cols / RUN]
-    }
-
-    /// The elements of row t beyond its last run.
-    pub fn tail(&self, t: usize) -> impl Iterator<Item = f32> {
-        let runs = self.cols / RUN;
-        self.row(t)[runs * 2..].iter().flat_map(|line| line.0).take(self.cols % RUN)
-    }
-}
-
-/// The output [m, rows] of one weight, which tasks write at different rows of the weight.
+/// The output [m, rows] of one weight, which tasks write at different places.
 #[derive(Clone, Copy)]
 pub(super) struct Sink {
     y: *mut f32,
     /// Elements from one row of activations to the next.
-    pub stride: usize,
+    stride: usize,
 }
 
 // SAFETY: a Sink is only a place; who writes through it promises to write alone (`write`, `at`).
@@ -98,6 +42,8 @@ unsafe impl Send for Sink {}
 unsafe impl Sync for Sink {}
 
 impl Sink {
+    const NONE: Sink = Sink { y: std::ptr::null_mut(), stride: 0 };
+
     /// # Safety
     /// In bounds of the output; nothing else accesses this element meanwhile.
     #[inline(always)]
@@ -115,26 +61,20 @@ impl Sink {
     }
 }
 
-/// A cache line of a panel.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-pub(super) struct Lanes(pub [f32; 16]);
-
-impl Lanes {
-    pub const ZERO: Lanes = Lanes([0.0; 16]);
-}
-
 thread_local! {
-    static ROW: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    static PANELS: RefCell<Vec<Lanes>> = const { RefCell::new(Vec::new()) };
+    // Taken while in use: a task of another product may run on this thread meanwhile.
+    static QUANTIZED: Cell<Quantized> = Cell::default();
 }
 
 /// Several weights that share the input x `[m, cols]`: `ys[i]` `[m, rows of i]` = x W_i^T, in one parallel region.
 ///
+/// With integer activations a token's result depends on that token alone, and is the same on every backend, bit for bit.
+///
 /// # Panics
-/// Shapes do not fit.
-pub fn matmul_fused(weights: &[&Weight], x: &[f32], m: usize, ys: &mut [&mut [f32]]) {
+/// Shapes do not fit, or more than 4 weights.
+pub fn matmul_fused(activations: Activations, weights: &[&Weight], x: &[f32], m: usize, ys: &mut [&mut [f32]]) {
     assert_eq!(weights.len(), ys.len(), "an output for each weight");
+    assert!(weights.len() <= FUSED, "at most {FUSED} weights");
     for (w, y) in weights.iter().zip(ys.iter()) {
         assert_eq!(Some(x.len()), m.checked_mul(w.cols), "x is [m, cols]");
         assert_eq!(Some(y.len()), m.checked_mul(w.rows), "y is [m, rows]");
@@ -143,126 +83,136 @@ pub fn matmul_fused(weights: &[&Weight], x: &[f32], m: usize, ys: &mut [&mut [f3
     if m == 0 {
         return;
     }
-    let few = (m <= few_at_most(first.isa)).then(|| Rows::copy(x, first.cols));
-    let sinks: Vec<Sink> =
-        ys.iter_mut().zip(weights).map(|(y, w)| Sink { y: y.as_mut_ptr(), stride: w.rows }).collect();
-    let tasks = if few.is_some() { cut_by_bytes(weights) } else { cut_by_panels(weights) };
-    let work = |(i, part): (usize, Range<usize>)| {
-        let w = weights[i];
-        // SAFETY: the tasks are disjoint ranges of each weight's rows (`cut`), and each output is [m, w.rows].
-        unsafe { multiply(w, part, x, m, few.as_ref(), sinks[i]) }
+    let mut sinks = [Sink::NONE; FUSED];
+    for ((s, y), w) in sinks.iter_mut().zip(ys).zip(weights) {
+        *s = Sink { y: y.as_mut_ptr(), stride: w.rows };
+    }
+    let mut quantized = QUANTIZED.take();
+    if weights.iter().any(|w| w.integers(activations)) {
+        quantized.fill(first.isa, activations.parts(), x, first.cols);
+    }
+    let plan = Plan::new(activations, weights, m);
+    let work = |i: usize| {
+        let (at, panels, strips) = plan.task(weights, i);
+        // SAFETY: tasks are disjoint parts of the outputs (`Plan`), and each output is [m, w.rows].
+        unsafe { multiply(activations, weights[at], panels, x, m, &quantized, strips, sinks[at]) }
     };
-    if tasks.len() == 1 {
-        tasks.into_iter().for_each(work);
+    if plan.tasks() == 1 {
+        work(0);
     } else {
-        tasks.into_par_iter().with_max_len(1).for_each(work);
+        (0..plan.tasks()).into_par_iter().with_max_len(1).for_each(work);
+    }
+    QUANTIZED.set(quantized);
+}
+
+impl Weight {
+    fn integers(&self, activations: Activations) -> bool {
+        activations != Activations::F32 && !self.ty.is_float()
+    }
+
+    fn panels(&self) -> usize {
+        self.rows.div_ceil(ROWS)
     }
 }
 
-/// Every weight's rows in equal parts of at most `rows(w)`.
-fn cut(weights: &[&Weight], rows: impl Fn(&Weight) -> usize) -> Vec<(usize, Range<usize>)> {
-    let mut tasks = Vec::with_capacity(TASKS * (rayon::current_num_threads() + weights.len()));
-    for (i, w) in weights.iter().enumerate() {
-        let each = rows(w).max(1);
-        tasks.extend((0..w.rows).step_by(each).map(|r| (i, r..w.rows.min(r + each))));
+/// Tasks: chunks of strips, and for each the panels of every weight in parts.
+struct Plan {
+    /// Panels of a task of each weight.
+    each: [usize; FUSED],
+    parts: usize,
+    strips: usize,
+    chunk: usize,
+}
+
+impl Plan {
+    fn new(activations: Activations, weights: &[&Weight], m: usize) -> Plan {
+        let strips = m.div_ceil(STRIP);
+        let wanted = TASKS * rayon::current_num_threads();
+        let total: usize = weights.iter().map(|w| w.panels()).sum();
+        let chunk = if weights.iter().all(|w| w.integers(activations)) {
+            (CHUNK / (STRIP * weights[0].cols / BLOCK * stride(activations.parts()) * 4)).max(1)
+        } else {
+            // Panels are dequantized for each chunk anew; still something for every thread.
+            strips.div_ceil((wanted / total.max(1)).max(1))
+        };
+        let chunks = strips.div_ceil(chunk);
+        let each = std::array::from_fn(|i| {
+            let Some(w) = weights.get(i) else { return 1 };
+            let most = if m == 1 { usize::MAX } else { PANELS };
+            let least = (LEAST_BYTES * w.panels() / w.bytes().max(1)).clamp(1, most);
+            (chunks * total / wanted).clamp(least, most)
+        });
+        let parts = weights.iter().zip(each).map(|(w, each)| w.panels().div_ceil(each)).sum();
+        Plan { each, parts, strips, chunk }
     }
-    tasks
+
+    fn tasks(&self) -> usize {
+        self.parts * self.strips.div_ceil(self.chunk)
+    }
+
+    /// Weight, panels and strips of task i.
+    fn task(&self, weights: &[&Weight], i: usize) -> (usize, Range<usize>, Range<usize>) {
+        let (first, mut part) = (i / self.parts * self.chunk, i % self.parts);
+        let strips = first..self.strips.min(first + self.chunk);
+        for (at, w) in weights.iter().enumerate() {
+            let parts = w.panels().div_ceil(self.each[at]);
+            if part < parts {
+                let panel = part * self.each[at];
+                return (at, panel..w.panels().min(panel + self.each[at]), strips);
+            }
+            part -= parts;
+        }
+        unreachable!("a task beyond the last")
+    }
 }
 
-fn cut_by_bytes(weights: &[&Weight]) -> Vec<(usize, Range<usize>)> {
-    let threads = rayon::current_num_threads();
-    let all: usize = weights.iter().map(|w| w.bytes()).sum();
-    let bytes = if threads == 1 { all } else { (all / (TASKS * threads)).max(LEAST_BYTES) };
-    cut(weights, |w| {
-        let parts = w.bytes().div_ceil(bytes.max(1)).max(1);
-        w.rows.div_ceil(parts)
-    })
-}
-
-/// Whole panels: at most 128 rows, so that they stay in L2, and at least 32, so that an activation in L1 is used often.
-fn cut_by_panels(weights: &[&Weight]) -> Vec<(usize, Range<usize>)> {
-    let rows: usize = weights.iter().map(|w| w.rows).sum();
-    let each = rows / (TASKS * rayon::current_num_threads());
-    cut(weights, |_| each.next_multiple_of(32).clamp(32, 128))
-}
-
-/// `few` are the rows of x where there are few.
+/// `x` is all of the activations, `quantized` the same where this weight's product takes integers.
 ///
 /// # Safety
-/// Nothing else writes these rows of `out`, whose shape is [m, w.rows].
-unsafe fn multiply(w: &Weight, rows: Range<usize>, x: &[f32], m: usize, few: Option<&Rows>, out: Sink) {
-    match (w.isa, few) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: passed on; a Weight's instruction set is one that the CPU has.
-        (Isa::Avx512, Some(few)) => unsafe { avx512::few(w, rows, few, out) },
-        #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, None) => PANELS.with_borrow_mut(|scratch| {
+/// Nothing else writes these panels' rows of these strips' tokens of `out`, whose shape is [m, w.rows].
+unsafe fn multiply(
+    activations: Activations,
+    w: &Weight,
+    panels: Range<usize>,
+    x: &[f32],
+    m: usize,
+    quantized: &Quantized,
+    of: Range<usize>,
+    out: Sink,
+) {
+    if w.integers(activations) {
+        assert_eq!((quantized.tokens(), quantized.parts()), (m, activations.parts()));
+        return match w.isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a Weight's instruction set is one that the CPU has; else passed on.
+            Isa::Avx512 => unsafe { avx512::products(w, panels, quantized, of, out) },
+            #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            unsafe { avx512::tile::many(w, rows, x, m, scratch, out) }
-        }),
+            Isa::Avx2 => unsafe { avx2::products(w, panels, quantized, of, out) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            Isa::Neon => unsafe { neon::products(w, panels, quantized, of, out) },
+            _ => panels.for_each(|p| {
+                // SAFETY: passed on.
+                of.clone().for_each(|s| unsafe { scalar::strip(w, p, quantized, s, out) });
+            }),
+        };
+    }
+    let mut strips = strips(m, STRIP).skip(of.start).take(of.len());
+    let first = strips.next().expect("a task has strips");
+    let tokens = first.start..strips.last().map_or(first.end, |s| s.end);
+    let x = &x[tokens.start * w.cols..tokens.end * w.cols];
+    // SAFETY: in bounds of the output.
+    let out = Sink { y: unsafe { out.at(tokens.start, 0) }, ..out };
+    let m = tokens.len();
+    match w.isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a Weight's instruction set is one that the CPU has; else passed on.
+        Isa::Avx512 => unsafe { floats::products::<avx512::Floats>(w, panels, x, m, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        (Isa::Avx2, Some(few)) => unsafe { avx2::few(w, rows, few, out) },
-        #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2, None) => PANELS.with_borrow_mut(|scratch| {
-            // SAFETY: as above.
-            unsafe { avx2::tile::many(w, rows, x, m, scratch, out) }
-        }),
+        Isa::Avx2 => unsafe { floats::products::<avx2::Floats>(w, panels, x, m, out) },
         // SAFETY: passed on.
-        (Isa::Neon, None) => unsafe { dense(w, rows, x, m, out) },
-        // SAFETY: passed on.
-        _ => unsafe { row_by_row(w, rows, x, m, out) },
+        _ => unsafe { floats::products::<floats::Plain>(w, panels, x, m, out) },
     }
-}
-
-/// The twin: each weight row is dequantized once and multiplied with every row of x.
-///
-/// # Safety
-/// As [`multiply`].
-unsafe fn row_by_row(w: &Weight, rows: Range<usize>, x: &[f32], m: usize, out: Sink) {
-    ROW.with_borrow_mut(|buffer| {
-        buffer.resize(w.cols, 0.0);
-        for row in rows {
-            blocks::dequant(w.ty, w.row(row), buffer);
-            for t in 0..m {
-                // SAFETY: the caller's promise.
-                unsafe { out.write(t, row, dot(&x[t * w.cols..][..w.cols], buffer)) };
-            }
-        }
-    });
-}
-
-/// 32 partial sums, so that additions do not wait for each other.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; RUN];
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<RUN>(), b.as_chunks::<RUN>());
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..RUN {
-            sums[i] += a[i] * b[i];
-        }
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    sums.iter().sum::<f32>() + rest
-}
-
-/// Where no panels are made: the dequantized rows go through a dense product.
-///
-/// # Safety
-/// As [`multiply`].
-unsafe fn dense(w: &Weight, rows: Range<usize>, x: &[f32], m: usize, out: Sink) {
-    let n = rows.len();
-    ROW.with_borrow_mut(|buffer| {
-        buffer.resize(n * (w.cols + m), 0.0);
-        let (weights, y) = buffer.split_at_mut(n * w.cols);
-        for (row, to) in rows.clone().zip(weights.chunks_exact_mut(w.cols)) {
-            blocks::dequant(w.ty, w.row(row), to);
-        }
-        linalg::gemm(m, n, w.cols, 1.0, x, w.cols, 1, weights, 1, w.cols, 0.0, y, n, 1);
-        for (t, y) in y.chunks_exact(n).enumerate() {
-            for (row, y) in rows.clone().zip(y) {
-                // SAFETY: the caller's promise.
-                unsafe { out.write(t, row, *y) };
-            }
-        }
-    });
 }

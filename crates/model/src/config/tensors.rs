@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use kvquant_kernels::weights::Weight;
+use kvquant_kernels::weights::{FileWeight, Weight};
 
 use super::{Config, rope};
+use crate::ForwardError;
 use crate::family::Family;
 use crate::source::{Source, SourceError};
 
@@ -29,8 +30,14 @@ impl Tensors<'_> {
         self.source.shape(&self.name(name))
     }
 
-    pub fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, SourceError> {
+    /// As the file has it.
+    pub fn file_weight(&self, name: &str, rows: usize, cols: usize) -> Result<FileWeight, SourceError> {
         self.source.weight(&self.name(name), rows, cols)
+    }
+
+    /// As products take it.
+    pub fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, ForwardError> {
+        Ok(self.file_weight(name, rows, cols)?.pack()?)
     }
 
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, SourceError> {

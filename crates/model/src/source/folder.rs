@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use half::{bf16, f16};
-use kvquant_kernels::weights::{Weight, WeightType};
+use kvquant_kernels::weights::{FileWeight, WeightType};
 use safetensors::tensor::Dtype;
 use serde_json::Value as Json;
 
@@ -148,7 +148,7 @@ impl Folder {
     ///
     /// # Errors
     /// The tensor is missing, of another shape or not of f32, f16, bf16, or can't be read.
-    pub fn weight(&self, tensor: &str, rows: usize, cols: usize) -> Result<Weight, SourceError> {
+    pub fn weight(&self, tensor: &str, rows: usize, cols: usize) -> Result<FileWeight, SourceError> {
         let found = self.shaped(tensor, &[rows as u64, cols as u64])?;
         let ty = match found.dtype {
             Dtype::F32 => WeightType::F32,
@@ -157,7 +157,7 @@ impl Folder {
             _ => return Err(self.dtype(tensor, found)),
         };
         let path = self.files[found.file].0.clone();
-        Weight::from_gguf(ty, rows, cols, self.read(tensor, found)?).map_err(|source| SourceError::Weight {
+        FileWeight::new(ty, rows, cols, self.read(tensor, found)?).map_err(|source| SourceError::Weight {
             path,
             tensor: tensor.to_owned(),
             source,

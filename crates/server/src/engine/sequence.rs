@@ -1,5 +1,6 @@
 //! One request that runs.
 
+use std::borrow::Cow;
 use std::time::Instant;
 
 use kvquant_cache::{Cache, Segment};
@@ -152,7 +153,12 @@ impl Sequence {
     }
 
     /// Takes the outcome of a pass; true when the sequence is over.
-    pub(super) fn advance(&mut self, turn: Turn, result: Result<Vec<f32>, Failure>, tokenizer: &Tokenizer) -> bool {
+    pub(super) fn advance(
+        &mut self,
+        turn: Turn,
+        result: Result<Cow<'_, [f32]>, Failure>,
+        tokenizer: &Tokenizer,
+    ) -> bool {
         let drawn = result.and_then(|logits| {
             if !turn.logits {
                 return Ok(None);
