@@ -143,12 +143,12 @@ impl Group<'_> {
             for (t, sums) in (token..).zip(sums) {
                 // SAFETY: `width` elements of row t are ours.
                 let y = unsafe { std::slice::from_raw_parts_mut(self.out.at(t, row), width) };
+                let sums = &sums.0[..width];
                 // Whole rows apart, so that they are vectors.
-                match (self.start, y.as_mut_array::<ROWS>()) {
-                    (0, Some(y)) => *y = sums.0,
-                    (_, Some(y)) => y.iter_mut().zip(sums.0).for_each(|(y, s)| *y += s),
-                    (0, None) => y.copy_from_slice(&sums.0[..width]),
-                    (_, None) => y.iter_mut().zip(sums.0).for_each(|(y, s)| *y += s),
+                match (self.start, <&mut [f32; ROWS]>::try_from(&mut *y)) {
+                    (0, _) => y.copy_from_slice(sums),
+                    (_, Ok(y)) => y.iter_mut().zip(sums).for_each(|(y, s)| *y += s),
+                    (_, Err(_)) => y.iter_mut().zip(sums).for_each(|(y, s)| *y += s),
                 }
             }
         }
