@@ -98,6 +98,23 @@ pub fn logprobs(logits: &[f32], chosen: u32, n: usize) -> Logprobs {
     }
 }
 
+/// The largest logit; none where one is NaN, or there are none.
+fn largest(logits: &[f32]) -> Option<f32> {
+    // Lanes, so that comparisons do not wait for each other.
+    let (mut most, mut nan) = ([f32::NEG_INFINITY; 16], [false; 16]);
+    let (chunks, rest) = logits.as_chunks::<16>();
+    for chunk in chunks {
+        for i in 0..16 {
+            most[i] = if chunk[i] > most[i] { chunk[i] } else { most[i] };
+            nan[i] |= chunk[i].is_nan();
+        }
+    }
+    if nan.contains(&true) || rest.iter().any(|x| x.is_nan()) {
+        return None;
+    }
+    most.iter().chain(rest).copied().reduce(f32::max)
+}
+
 impl Sampler {
     /// A sampler with checked parameters.
     ///
@@ -145,16 +162,8 @@ impl Sampler {
     }
 
     fn draw(&mut self, logits: &[f32]) -> Result<u32, SamplingError> {
-        let mut best = None;
-        for (i, &x) in logits.iter().enumerate() {
-            if x.is_nan() {
-                return Err(SamplingError::NotFinite);
-            }
-            if best.is_none_or(|(_, b)| x > b) {
-                best = Some((i as u32, x));
-            }
-        }
-        let (first, top) = best.filter(|(_, x)| x.is_finite()).ok_or(SamplingError::NotFinite)?;
+        let top = largest(logits).filter(|x| x.is_finite()).ok_or(SamplingError::NotFinite)?;
+        let first = logits.iter().position(|x| *x == top).ok_or(SamplingError::NotFinite)? as u32;
         let p = &self.params;
         if p.temperature == 0.0 {
             return Ok(first);
@@ -163,10 +172,13 @@ impl Sampler {
         let candidates = &mut self.candidates;
         candidates.clear();
         let floor = p.min_p.max(1e-12);
+        // Most are far below: one comparison each, with room for rounding.
+        let near = top + p.temperature * (floor.ln() - 1e-3);
         candidates.extend(
             logits
                 .iter()
                 .enumerate()
+                .filter(|(_, x)| **x >= near)
                 .map(|(i, x)| (((x - top) / p.temperature).exp(), i as u32))
                 .filter(|(w, _)| *w >= floor),
         );
