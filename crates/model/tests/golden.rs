@@ -6,7 +6,7 @@ use kvquant_cache::Prefill;
 use kvquant_kernels::attend::Kernels;
 use kvquant_model::generate::{GenerateOptions, StopReason, generate};
 use kvquant_model::sampling::{Sampler, SamplingParams};
-use kvquant_model::{ForwardError, Logits, Model, Step, Tokenizer};
+use kvquant_model::{Activations, ForwardError, Logits, Model, Step, Tokenizer};
 use kvquant_quant::Spec;
 
 /// Logits lie within about +-25. Ours differ by the fp16 rounding of keys and values and by the order of sums.
@@ -113,10 +113,12 @@ fn numbers_that_are_not_finite_are_an_error_and_leave_the_cache_as_it_was() {
 
 /// Scalar kernels compute in f32 with what the quantizer decodes to, bit for bit: a simulated quantizer. The fast ones
 /// work on codes and integers, and may not lose more than 2 % beyond it. Both decode from the same stored history:
-/// two runs drift apart by more than that from any rounding, since a code that flips changes all that follows.
+/// two runs drift apart by more than that from any rounding, since a code that flips changes all that follows. For the
+/// same reason weights meet f32: integers would round either run another way.
 #[test]
 fn kernels_lose_no_more_than_the_quantizer() {
-    let (model, tokenizer) = load();
+    let (mut model, tokenizer) = load();
+    model.activations = Activations::F32;
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let quantizer = kvquant_quant::Quantizer::load(&folder.join("../../quantizers/smollm2-135m.safetensors")).unwrap();
     let text = std::fs::read_to_string(folder.join("../cli/assets/station.txt")).unwrap();
@@ -154,5 +156,56 @@ fn kernels_lose_no_more_than_the_quantizer() {
         }
         eprintln!("{spec}: {simulated:.5} simulated, {through:.5} through the {} kernels", fast.name());
         assert!((through - simulated).abs() <= 0.02 * simulated, "{spec}: {through} {simulated}");
+    }
+}
+
+/// Mean KL divergence from p to q, rows of `vocab` logits.
+fn divergence(p: &[f32], q: &[f32], vocab: usize) -> f64 {
+    let log_sum = |x: &[f32]| x.iter().map(|x| f64::from(*x).exp()).sum::<f64>().ln();
+    let row = |(p, q): (&[f32], &[f32])| {
+        let (a, b) = (log_sum(p), log_sum(q));
+        let part = |(p, q): (&f32, &f32)| {
+            let log = f64::from(*p) - a;
+            log.exp() * (log - (f64::from(*q) - b))
+        };
+        p.iter().zip(q).map(part).sum::<f64>()
+    };
+    p.chunks_exact(vocab).zip(q.chunks_exact(vocab)).map(row).sum::<f64>() / (p.len() / vocab) as f64
+}
+
+/// 15 bits are as good as f32; 8 bits lose little.
+#[test]
+fn integer_activations_lose_what_they_say() {
+    let (mut model, tokenizer) = load();
+    let ids = tokenizer.encode(&include_str!("../../cli/assets/station.txt")[..1500], false).unwrap();
+    let mut logits = |activations: Activations| {
+        model.activations = activations;
+        let mut cache = model.new_cache(&Spec::Fp16, None).unwrap();
+        let mut steps = [Step { tokens: &ids, cache: &mut cache, logits: Logits::All }];
+        model.forward(&mut steps, Prefill::Exact).unwrap()
+    };
+    let exact = logits(Activations::F32);
+    let vocab = exact.len() / ids.len();
+    let (fine, coarse) = (logits(Activations::Int15), logits(Activations::Int8));
+    let (fine, coarse) = (divergence(&exact, &fine, vocab), divergence(&exact, &coarse, vocab));
+    assert!(fine < 1e-5, "{fine}");
+    assert!(coarse > fine && coarse < 0.02, "{coarse}");
+}
+
+/// What a sequence gets does not depend on those that run with it, bit for bit.
+#[test]
+fn a_batch_changes_nothing() {
+    let (model, tokenizer) = load();
+    let texts = ["The light burned", "Once upon a time there was a", "In"];
+    let ids: Vec<Vec<u32>> = texts.iter().map(|t| tokenizer.encode(t, false).unwrap()).collect();
+    let mut together: Vec<_> = ids.iter().map(|_| model.new_cache(&Spec::Fp16, None).unwrap()).collect();
+    let mut steps: Vec<Step<'_>> =
+        ids.iter().zip(&mut together).map(|(tokens, cache)| Step { tokens, cache, logits: Logits::Last }).collect();
+    let batch = model.forward(&mut steps, Prefill::Exact).unwrap();
+    for (tokens, got) in ids.iter().zip(batch.chunks_exact(model.config.vocab)) {
+        let mut cache = model.new_cache(&Spec::Fp16, None).unwrap();
+        let mut steps = [Step { tokens, cache: &mut cache, logits: Logits::Last }];
+        let alone = model.forward(&mut steps, Prefill::Exact).unwrap();
+        assert!(alone.iter().zip(got).all(|(a, b)| a.to_bits() == b.to_bits()));
     }
 }
