@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Checks a running server's outside with programs that are not ours: the official OpenAI client, schemathesis on the API's
-# description, and, where chromium and chromedriver are installed, the page in a browser.
+# Checks a running server's outside with programs that are not ours: the official OpenAI client, the documentation's curl
+# examples, schemathesis on the API's description, and, where chromium and chromedriver are installed, the page in a browser;
+# and that a second question on a long document needs no second reading.
 #
 #   crates/server/checks/run.sh [kvquant binary]     default: target/release/kvquant
 set -euo pipefail
@@ -13,7 +14,7 @@ if [ ! -x "$folder/venv/bin/schemathesis" ]; then
   "$folder/venv/bin/pip" install --quiet --disable-pip-version-check 'openai>=2,<4' 'schemathesis>=4,<5' 'selenium>=4,<5'
 fi
 trap 'kill "$server" 2>/dev/null; wait "$server" 2>/dev/null || true' EXIT
-RUST_LOG=warn "$binary" serve smollm2-135m --port 0 --kv nuq3-1%+sink1 --kv-memory 200M --ctx 2048 \
+RUST_LOG=warn "$binary" serve smollm2-135m --port 0 --kv nuq3-1%+sink1 --kv-memory 200M \
   --default-max-tokens 64 >"$folder/ready" &
 server=$!
 for _ in $(seq 300); do
@@ -26,6 +27,19 @@ url=$(sed -n 's/^ready at //p' "$folder/ready")
 
 echo "-- OpenAI client"
 "$folder/venv/bin/python" crates/server/checks/client.py "$url"
+
+echo "-- curl examples of README.md and docs/server.md"
+for file in README.md docs/server.md; do
+  # A command goes on while its lines end with a backslash.
+  awk '/^curl / { on = 1 } on { print } !/\\$/ { on = 0 }' "$file" |
+    sed -e "s|http://127.0.0.1:8080|$url|" -e 's/^curl /curl --silent --show-error --fail /' >"$folder/examples.sh"
+  bash -e "$folder/examples.sh" >"$folder/examples.out"
+  grep -q '"content"' "$folder/examples.out" || { echo "no answer to the examples of $file" >&2; exit 1; }
+done
+grep -q '^data: \[DONE\]' "$folder/examples.out" || { echo "a streamed example did not end" >&2; exit 1; }
+
+echo "-- a long document, asked twice"
+python3 crates/server/checks/prefix.py "$url" crates/cli/assets/station.txt
 
 echo "-- schemathesis"
 # Answers of 4 tokens are enough: it asks thousands of questions.
