@@ -41,7 +41,7 @@ def refused(kind, status, **request):
     except kind as e:
         assert e.status_code == status and e.body["message"], e
     else:
-        raise AssertionError(f"{request} was taken")
+        raise AssertionError(f"{str(request)[:200]} was taken")
 
 
 refused(openai.NotFoundError, 404, model="gpt-4")
@@ -50,5 +50,5 @@ refused(openai.BadRequestError, 400, messages=[{"role": "wizard", "content": "x"
 refused(openai.BadRequestError, 400, max_tokens=10**9)
 refused(openai.BadRequestError, 400, temperature=-1)
 refused(openai.BadRequestError, 400, n=2)
-refused(openai.BadRequestError, 400, messages=[{"role": "user", "content": "many words " * 4000}])
+refused(openai.BadRequestError, 400, messages=[{"role": "user", "content": "many words " * 8000}])
 print("the client is content:", text.replace("\n", " ")[:60])
