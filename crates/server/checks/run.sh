@@ -13,18 +13,33 @@ if [ ! -x "$folder/venv/bin/schemathesis" ]; then
   python3 -m venv "$folder/venv"
   "$folder/venv/bin/pip" install --quiet --disable-pip-version-check 'openai>=2,<4' 'schemathesis>=4,<5' 'selenium>=4,<5'
 fi
-trap 'kill "$server" 2>/dev/null; wait "$server" 2>/dev/null || true' EXIT
-RUST_LOG=warn "$binary" serve smollm2-135m --port 0 --kv nuq3-1%+sink1 --kv-memory 200M \
-  --default-max-tokens 64 >"$folder/ready" &
-server=$!
-for _ in $(seq 300); do
-  grep -q '^ready at ' "$folder/ready" && break
-  kill -0 "$server" || { echo "the server ended" >&2; exit 1; }
-  sleep 0.2
-done
-url=$(sed -n 's/^ready at //p' "$folder/ready")
-[ -n "$url" ] || { echo "the server was not ready after a minute" >&2; exit 1; }
+server=
+trap '[ -z "$server" ] || { kill "$server" 2>/dev/null; wait "$server" 2>/dev/null || true; }' EXIT
 
+# Starts a server with these arguments in place of the one before; $url is where it is.
+serve() {
+  if [ -n "$server" ]; then
+    kill "$server"
+    wait "$server" || true
+  fi
+  : >"$folder/ready"
+  RUST_LOG=warn "$binary" serve smollm2-135m --port 0 --kv nuq3-1%+sink1 --kv-memory 200M --default-max-tokens 64 "$@" \
+    >"$folder/ready" &
+  server=$!
+  for _ in $(seq 300); do
+    grep -q '^ready at ' "$folder/ready" && break
+    kill -0 "$server" || { echo "the server ended" >&2; exit 1; }
+    sleep 0.2
+  done
+  url=$(sed -n 's/^ready at //p' "$folder/ready")
+  [ -n "$url" ] || { echo "the server was not ready after a minute" >&2; exit 1; }
+}
+
+serve
+echo "-- a long document, asked twice"
+python3 crates/server/checks/prefix.py "$url" crates/cli/assets/station.txt
+
+serve --ctx 2048
 echo "-- OpenAI client"
 "$folder/venv/bin/python" crates/server/checks/client.py "$url"
 
@@ -37,9 +52,6 @@ for file in README.md docs/server.md; do
   grep -q '"content"' "$folder/examples.out" || { echo "no answer to the examples of $file" >&2; exit 1; }
 done
 grep -q '^data: \[DONE\]' "$folder/examples.out" || { echo "a streamed example did not end" >&2; exit 1; }
-
-echo "-- a long document, asked twice"
-python3 crates/server/checks/prefix.py "$url" crates/cli/assets/station.txt
 
 echo "-- schemathesis"
 # Answers of 4 tokens are enough: it asks thousands of questions.
