@@ -93,7 +93,15 @@ pub fn run(args: Args) -> Result<()> {
     let ids: Vec<u32> = ids.iter().copied().cycle().take(SEED_TOKENS.max(CHUNK)).collect();
     let seconds = Duration::from_secs_f64(args.seconds.clamp(0.0, 600.0));
     let work = RefCell::new(if args.profile { Workspace::with_clock() } else { Workspace::new() });
-    let bench = Bench { model: &loaded.model, ids: &ids, seconds, prefill: !args.no_prefill, batches, work };
+    let bench = Bench {
+        model: &loaded.model,
+        ids: &ids,
+        seconds,
+        prefill: !args.no_prefill,
+        profile: args.profile,
+        batches,
+        work,
+    };
     progress.update("measuring bandwidth", 0, 1);
     let read_gbps = bandwidth::read_gbps();
     let token = bench.token()?;
@@ -106,7 +114,7 @@ pub fn run(args: Args) -> Result<()> {
         for (name, spec) in &kvs {
             progress.update(&format!("{name} at {depth}"), done, total as u64);
             let mut cache = bench.filled(spec, quantizer.as_ref(), depth)?;
-            results.push(bench.measure(name, depth, &mut cache, &token, floor[i], args.profile)?);
+            results.push(bench.measure(name, depth, &mut cache, &token, floor[i])?);
             done += 1;
         }
         if let Some(peer) = &mut peer {
@@ -168,6 +176,7 @@ struct Bench<'a> {
     ids: &'a [u32],
     seconds: Duration,
     prefill: bool,
+    profile: bool,
     batches: Vec<usize>,
     work: RefCell<Workspace>,
 }
@@ -253,28 +262,25 @@ impl Bench<'_> {
         Ok(Batch { sequences: n, decode_tok_s: n as f64 / step })
     }
 
-    /// Stages of what ran since the last call.
-    fn stages(&self, step: &'static str, on: bool) -> Option<Stages> {
+    /// Forgets what the clock has measured.
+    fn reset_clock(&self) {
+        self.work.borrow_mut().take_times();
+    }
+
+    /// Stages of what ran since the clock was reset; none without one.
+    fn stages(&self, step: &'static str) -> Option<Stages> {
         let times = self.work.borrow_mut().take_times();
         let total: f64 = times.iter().map(|(_, t)| t.as_secs_f64()).sum();
         let shares = times.iter().map(|(stage, t)| (stage.name(), t.as_secs_f64() / total)).collect();
-        on.then_some(Stages { step, shares })
+        self.profile.then_some(Stages { step, shares })
     }
 
-    fn measure(
-        &self,
-        kv: &str,
-        depth: usize,
-        cache: &mut Cache,
-        token: &Token,
-        floor_ms: f64,
-        profile: bool,
-    ) -> Result<Line> {
+    fn measure(&self, kv: &str, depth: usize, cache: &mut Cache, token: &Token, floor_ms: f64) -> Result<Line> {
         let len = cache.len();
         let cache_bytes = cache.bytes().total();
-        self.stages("", false);
+        self.reset_clock();
         let decode = self.decode(cache)?;
-        let mut stages: Vec<Stages> = self.stages("decode", profile).into_iter().collect();
+        let mut stages: Vec<Stages> = self.stages("decode").into_iter().collect();
         let batch = self.batches.iter().map(|&n| self.batch(cache, n)).collect::<Result<Vec<_>>>()?;
         let shape = self.model.cache_shape();
         let group = shape.heads / shape.kv_heads;
@@ -290,7 +296,7 @@ impl Bench<'_> {
             Ok(t)
         })?;
         let chunk = &self.ids[..CHUNK];
-        self.stages("", false);
+        self.reset_clock();
         let prefill = match self.prefill {
             true => Some(
                 CHUNK as f64
@@ -302,7 +308,7 @@ impl Bench<'_> {
             ),
             false => None,
         };
-        stages.extend(self.stages("prefill", profile && self.prefill));
+        stages.extend(self.stages("prefill").filter(|_| self.prefill));
         let (k, v) = (token.k.iter(), token.v.iter());
         let rows: Vec<(Vec<f32>, Vec<f32>)> = k.zip(v).map(|(k, v)| (k.repeat(CHUNK), v.repeat(CHUNK))).collect();
         let append = self.repeat(|| {

@@ -41,8 +41,8 @@ struct Cli {
     threads: Option<std::num::NonZeroUsize>,
     /// What weights are multiplied with: int15 is as good as f32; int8 is faster for prompts and batches, and loses as
     /// much as other programs lose that way
-    #[arg(long, global = true, value_enum, value_name = "TYPE", default_value = "int15")]
-    activations: models::ActivationsArg,
+    #[arg(long, global = true, value_parser = models::activations(), value_name = "TYPE", default_value = "int15")]
+    activations: kvquant_model::Activations,
     /// No progress on stderr
     #[arg(long, short, global = true)]
     quiet: bool,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::Result;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use kvquant_model::{Activations, ChatTemplate, Model, Source, Tokenizer, pull};
 use kvquant_quant::Spec;
 
@@ -12,21 +13,15 @@ use crate::progress::Progress;
 
 static ACTIVATIONS: OnceLock<Activations> = OnceLock::new();
 
-/// `--activations` on the command line.
-#[derive(clap::ValueEnum, Clone, Copy)]
-pub enum ActivationsArg {
-    Int8,
-    Int15,
-    F32,
+/// The values of --activations.
+pub fn activations() -> impl TypedValueParser<Value = Activations> {
+    PossibleValuesParser::new(Activations::ALL.map(Activations::name))
+        .map(|name| Activations::ALL.into_iter().find(|a| a.name() == name).unwrap_or_default())
 }
 
 /// What --activations asks for, before any model is loaded.
-pub fn set_activations(asked: ActivationsArg) {
-    ACTIVATIONS.get_or_init(|| match asked {
-        ActivationsArg::Int8 => Activations::Int8,
-        ActivationsArg::Int15 => Activations::Int15,
-        ActivationsArg::F32 => Activations::F32,
-    });
+pub fn set_activations(asked: Activations) {
+    ACTIVATIONS.get_or_init(|| asked);
 }
 
 /// A model with its text side.

@@ -138,6 +138,13 @@ impl Layout {
         code as i32
     }
 
+    /// The weight of row r and column c of a block whose group there has this scale and minimum.
+    #[inline(always)]
+    pub fn weight(&self, block: &[Line], (d, m): (f32, f32), r: usize, c: usize) -> f32 {
+        let product = d * (self.code(block, r, c) - self.center) as f32;
+        if self.min() { product + m } else { product }
+    }
+
     /// The twin of all scales: (d, m) of row r in group g of block b.
     pub fn scale(&self, scales: &[u8], b: usize, g: usize, r: usize) -> (f32, f32) {
         let stride = self.scale_stride();

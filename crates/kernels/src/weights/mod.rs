@@ -5,7 +5,7 @@
 //!   pack       once, at load: panels of 16 rows            layout (drawn there)
 //! activations  f32 -> int8, 32 to a scale
 //!   product    tasks: panels x strips of tokens
-//!     integers int8 dot products                           scalar (the twin), avx2, avx512, neon
+//!     integers 8-bit dot products                          integers (with the twin), avx2, avx512, neon
 //!     floats   panels dequantized, f32 tiles               floats (with the twin), avx2, avx512
 //! ```
 //!
@@ -20,12 +20,12 @@ mod avx2;
 mod avx512;
 mod file;
 mod floats;
+mod integers;
 mod layout;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod pack;
 mod product;
-mod scalar;
 mod types;
 
 pub use file::FileWeight;

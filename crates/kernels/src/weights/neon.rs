@@ -4,32 +4,15 @@
 
 use std::arch::aarch64::*;
 use std::arch::asm;
-use std::ops::Range;
 
 use super::Weight;
-use super::activations::{LOWER, Quantized, STRIP, WORDS, stride};
-use super::layout::{BLOCK, Format, Layout, Line, ROWS, with_format};
+use super::activations::{LOWER, WORDS, stride};
+use super::integers::Kernel;
+use super::layout::{BLOCK, Format, Layout, Line, ROWS};
 use super::product::Sink;
 
-/// out = x W^T for some panels and strips.
-///
-/// # Safety
-/// NEON; x has w.cols columns; nothing else writes these elements of `out`, whose shape is [tokens, w.rows].
-pub(super) unsafe fn products(w: &Weight, panels: Range<usize>, x: &Quantized, strips: Range<usize>, out: Sink) {
-    let dot = std::arch::is_aarch64_feature_detected!("dotprod");
-    for panel in panels {
-        for s in strips.clone() {
-            let (first, m, words) = x.strip(s);
-            // SAFETY: passed on; `sdot` where the CPU has it.
-            unsafe {
-                with_format!(w.ty, F => match dot {
-                    true => strip::<F, true>(w, panel, words, x.parts(), first, m, out),
-                    false => strip::<F, false>(w, panel, words, x.parts(), first, m, out),
-                }, floats => unreachable!("no codes"))
-            }
-        }
-    }
-}
+/// NEON, and the dot product extension where DOT.
+pub(super) struct Integers<const DOT: bool>;
 
 /// sum += 4 dot products of 4 codes with the same 4 activations.
 ///
@@ -81,68 +64,66 @@ unsafe fn unpack<F: Format>(block: *const Line, quarter: usize, k: usize) -> int
     }
 }
 
-/// # Safety
-/// As [`products`], for one panel and a strip of m tokens from `first` on.
-unsafe fn strip<F: Format, const DOT: bool>(
-    w: &Weight,
-    panel: usize,
-    words: &[u32],
-    parts: usize,
-    first: usize,
-    m: usize,
-    out: Sink,
-) {
-    let (codes, scales) = w.packed.panel(panel);
-    let (blocks, groups) = (w.cols / BLOCK, F::L.groups());
-    assert_eq!(words.len(), blocks * m * stride(parts));
-    let scales = Line::bytes(scales);
-    let mut acc = [[0.0f32; ROWS]; STRIP];
-    for b in 0..blocks {
-        let x = &words[b * m * stride(parts)..][..m * stride(parts)];
-        let meta = &x[parts * m * WORDS..];
-        for g in 0..groups {
-            let of = if groups == 1 { 0 } else { 1 + g };
-            let scale: [(f32, f32); ROWS] = std::array::from_fn(|r| F::L.scale(scales, b, g, r));
-            let (d, min) = (scale.map(|s| s.0), scale.map(|s| s.1));
-            for quarter in 0..4 {
-                // SAFETY: block b of the panel; 4 rows of each array; words of a token in this block.
-                unsafe {
-                    let mut c = [vdupq_n_s8(0); WORDS];
-                    for k in g * WORDS / groups..(g + 1) * WORDS / groups {
-                        c[k] = unpack::<F>(codes.as_ptr().add(b * F::L.bits()), quarter, k);
-                    }
-                    let d = vld1q_f32(d.as_ptr().add(4 * quarter));
-                    let min = vld1q_f32(min.as_ptr().add(4 * quarter));
-                    for t in 0..m {
-                        let mut sum = vdupq_n_s32(0);
-                        for part in 0..parts {
-                            sum = vshlq_s32(sum, vdupq_n_s32(if part == 0 { 0 } else { LOWER }));
-                            for k in g * WORDS / groups..(g + 1) * WORDS / groups {
-                                let four = vreinterpretq_s8_u32(vdupq_n_u32(x[(part * m + t) * WORDS + k]));
-                                sum = dot::<DOT>(sum, c[k], four);
+impl<const DOT: bool> Kernel for Integers<DOT> {
+    unsafe fn strip<F: Format, const PARTS: usize, const M: usize>(
+        w: &Weight,
+        panel: usize,
+        words: &[u32],
+        first: usize,
+        out: Sink,
+    ) {
+        let (codes, scales) = w.packed.panel(panel);
+        let (blocks, groups) = (w.cols / BLOCK, F::L.groups());
+        assert_eq!(words.len(), blocks * M * stride(PARTS));
+        let scales = Line::bytes(scales);
+        let mut acc = [[0.0f32; ROWS]; M];
+        for b in 0..blocks {
+            let x = &words[b * M * stride(PARTS)..][..M * stride(PARTS)];
+            let meta = &x[PARTS * M * WORDS..];
+            for g in 0..groups {
+                let of = if groups == 1 { 0 } else { 1 + g };
+                let scale: [(f32, f32); ROWS] = std::array::from_fn(|r| F::L.scale(scales, b, g, r));
+                let (d, min) = (scale.map(|s| s.0), scale.map(|s| s.1));
+                for quarter in 0..4 {
+                    // SAFETY: block b of the panel; 4 rows of each array; words of a token in this block.
+                    unsafe {
+                        let mut c = [vdupq_n_s8(0); WORDS];
+                        for k in g * WORDS / groups..(g + 1) * WORDS / groups {
+                            c[k] = unpack::<F>(codes.as_ptr().add(b * F::L.bits()), quarter, k);
+                        }
+                        let d = vld1q_f32(d.as_ptr().add(4 * quarter));
+                        let min = vld1q_f32(min.as_ptr().add(4 * quarter));
+                        for t in 0..M {
+                            let mut sum = vdupq_n_s32(0);
+                            for part in 0..PARTS {
+                                sum = vshlq_s32(sum, vdupq_n_s32(if part == 0 { 0 } else { LOWER }));
+                                for k in g * WORDS / groups..(g + 1) * WORDS / groups {
+                                    let four = vreinterpretq_s8_u32(vdupq_n_u32(x[(part * M + t) * WORDS + k]));
+                                    sum = dot::<DOT>(sum, c[k], four);
+                                }
                             }
+                            if F::L.low < 8 && F::L.center != 0 {
+                                let all = (meta[(1 + of) * M + t] as i32).wrapping_mul(F::L.center);
+                                sum = vsubq_s32(sum, vdupq_n_s32(all));
+                            }
+                            let to = acc[t].as_mut_ptr().add(4 * quarter);
+                            let d = vmulq_n_f32(d, f32::from_bits(meta[t]));
+                            let mut y = vfmaq_f32(vld1q_f32(to), vcvtq_f32_s32(sum), d);
+                            if F::L.min() {
+                                y = vfmaq_n_f32(y, min, f32::from_bits(meta[(4 + of) * M + t]));
+                            }
+                            vst1q_f32(to, y);
                         }
-                        if F::L.low < 8 && F::L.center != 0 {
-                            let all = (meta[(1 + of) * m + t] as i32).wrapping_mul(F::L.center);
-                            sum = vsubq_s32(sum, vdupq_n_s32(all));
-                        }
-                        let to = acc[t].as_mut_ptr().add(4 * quarter);
-                        let d = vmulq_n_f32(d, f32::from_bits(meta[t]));
-                        let mut y = vfmaq_f32(vld1q_f32(to), vcvtq_f32_s32(sum), d);
-                        if F::L.min() {
-                            y = vfmaq_n_f32(y, min, f32::from_bits(meta[(4 + of) * m + t]));
-                        }
-                        vst1q_f32(to, y);
                     }
                 }
             }
         }
-    }
-    let width = ROWS.min(w.rows - panel * ROWS);
-    for (t, acc) in acc[..m].iter().enumerate() {
-        for (r, y) in acc[..width].iter().enumerate() {
-            // SAFETY: these elements are ours.
-            unsafe { out.write(first + t, panel * ROWS + r, *y) };
+        let width = ROWS.min(w.rows - panel * ROWS);
+        for (t, acc) in acc.iter().enumerate() {
+            for (r, y) in acc[..width].iter().enumerate() {
+                // SAFETY: these elements are ours.
+                unsafe { out.write(first + t, panel * ROWS + r, *y) };
+            }
         }
     }
 }

@@ -117,7 +117,7 @@ fn place_scales(l: &Layout, b: &Block, r: usize, to: &mut [u8]) {
     }
 }
 
-/// The twin of dequantization: columns `first..first + out.len() / 16` of a panel as `[column][16 rows]`; whole blocks
+/// The twin of dequantization: columns `first..first + out.len()` of a panel as `[column][16 rows]`; whole blocks
 /// where there are codes.
 pub(super) fn dequant_panel(w: &Weight, panel: usize, first: usize, out: &mut [Lanes]) {
     let (codes, scales) = w.packed.panel(panel);
@@ -133,11 +133,10 @@ pub(super) fn dequant_panel(w: &Weight, panel: usize, first: usize, out: &mut [L
         let block = &codes[b * l.bits()..][..l.bits()];
         for r in 0..ROWS {
             for g in 0..l.groups() {
-                let (d, m) = l.scale(scales, b, g, r);
+                let scale = l.scale(scales, b, g, r);
                 let width = BLOCK / l.groups();
                 for c in g * width..(g + 1) * width {
-                    let product = d * (l.code(block, r, c) - l.center) as f32;
-                    out[c].0[r] = if l.min() { product + m } else { product };
+                    out[c].0[r] = l.weight(block, scale, r, c);
                 }
             }
         }
@@ -157,11 +156,10 @@ pub(super) fn dequant_row(w: &Weight, row: usize, out: &mut [f32]) {
     let width = BLOCK / l.groups();
     for (at, out) in out.chunks_exact_mut(width).enumerate() {
         let (b, g) = (at / l.groups(), at % l.groups());
-        let (d, m) = l.scale(scales, b, g, r);
+        let scale = l.scale(scales, b, g, r);
         let block = &codes[b * l.bits()..][..l.bits()];
         for (c, o) in out.iter_mut().enumerate() {
-            let product = d * (l.code(block, r, g * width + c) - l.center) as f32;
-            *o = if l.min() { product + m } else { product };
+            *o = l.weight(block, scale, r, g * width + c);
         }
     }
 }

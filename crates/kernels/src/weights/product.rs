@@ -12,7 +12,7 @@ use super::activations::{Quantized, STRIP, stride, strips};
 use super::layout::{BLOCK, ROWS};
 #[cfg(target_arch = "aarch64")]
 use super::neon;
-use super::{Activations, Weight, floats, scalar};
+use super::{Activations, Weight, floats, integers};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 use crate::dispatch::Isa;
@@ -185,17 +185,20 @@ unsafe fn multiply(
         return match w.isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a Weight's instruction set is one that the CPU has; else passed on.
-            Isa::Avx512 => unsafe { avx512::products(w, panels, quantized, of, out) },
+            Isa::Avx512 => unsafe { integers::products::<avx512::Integers>(w, panels, quantized, of, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { avx2::products(w, panels, quantized, of, out) },
+            Isa::Avx2 => unsafe { integers::products::<avx2::Integers>(w, panels, quantized, of, out) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above; the extension was detected.
+            Isa::Neon if std::arch::is_aarch64_feature_detected!("dotprod") => unsafe {
+                integers::products::<neon::Integers<true>>(w, panels, quantized, of, out)
+            },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: as above.
-            Isa::Neon => unsafe { neon::products(w, panels, quantized, of, out) },
-            _ => panels.for_each(|p| {
-                // SAFETY: passed on.
-                of.clone().for_each(|s| unsafe { scalar::strip(w, p, quantized, s, out) });
-            }),
+            Isa::Neon => unsafe { integers::products::<neon::Integers<false>>(w, panels, quantized, of, out) },
+            // SAFETY: passed on.
+            _ => unsafe { integers::products::<integers::Plain>(w, panels, quantized, of, out) },
         };
     }
     let mut strips = strips(m, STRIP).skip(of.start).take(of.len());

@@ -5,7 +5,7 @@ mod floats;
 mod integers;
 
 pub(super) use floats::Floats;
-pub(super) use integers::products;
+pub(super) use integers::Integers;
 
 use std::arch::x86_64::*;
 
