@@ -20,6 +20,7 @@ mod exact;
 pub mod layer;
 pub mod modules;
 pub mod nvrtc;
+mod pool;
 mod prefill;
 mod synthetic;
 mod tables;

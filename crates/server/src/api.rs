@@ -5,10 +5,12 @@
 //! are taken.
 
 mod answer;
+mod body;
 mod error;
 mod fields;
 mod request;
 
 pub use answer::{Answer, Chunks, Kind};
+pub use body::{ChatRequest, CompletionRequest, SessionRequest, TokenizeRequest, parse};
 pub use error::ApiError;
-pub use request::{ChatRequest, CompletionRequest, Input, Plan, SessionRequest, TokenizeRequest, parse};
+pub use request::{Input, Plan};

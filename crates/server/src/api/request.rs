@@ -1,15 +1,14 @@
-//! Requests, and what they come to.
+//! Requests, checked, and what they come to.
 
 use kvquant_model::sampling::SamplingParams;
 use kvquant_model::template::Message;
 use rand::random;
-use serde::Deserialize;
-use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 
 use super::answer::Kind;
+use super::body::{ChatMessage, ChatRequest, CompletionRequest, SessionRequest, StreamOptions, TokenizeRequest};
 use super::error::ApiError;
-use super::fields::{Content, Prompt, Texts, whole};
+use super::fields::{Prompt, Texts};
 
 /// Most log probabilities of a token.
 const MOST_LOGPROBS: i64 = 20;
@@ -50,195 +49,6 @@ pub struct Plan {
     pub stream: bool,
     /// Whether a stream ends with the usage.
     pub include_usage: bool,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(dead_code, reason = "some fields are taken and change nothing")]
-struct ChatMessage {
-    role: String,
-    #[serde(default)]
-    content: Option<Content>,
-    #[serde(default)]
-    name: Option<Value>,
-    #[serde(default)]
-    tool_calls: Option<Value>,
-    #[serde(default)]
-    tool_call_id: Option<Value>,
-    #[serde(default)]
-    refusal: Option<Value>,
-    #[serde(default)]
-    audio: Option<Value>,
-    #[serde(default)]
-    annotations: Option<IgnoredAny>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StreamOptions {
-    #[serde(default)]
-    include_usage: Option<bool>,
-    #[serde(default)]
-    include_obfuscation: Option<bool>,
-}
-
-/// `POST /v1/chat/completions`
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(dead_code, reason = "some fields are taken and change nothing")]
-pub struct ChatRequest {
-    model: String,
-    messages: Vec<ChatMessage>,
-    #[serde(default, deserialize_with = "whole")]
-    max_tokens: Option<i64>,
-    #[serde(default, deserialize_with = "whole")]
-    max_completion_tokens: Option<i64>,
-    #[serde(default)]
-    temperature: Option<f64>,
-    #[serde(default)]
-    top_p: Option<f64>,
-    #[serde(default, deserialize_with = "whole")]
-    top_k: Option<i64>,
-    #[serde(default)]
-    min_p: Option<f64>,
-    #[serde(default)]
-    frequency_penalty: Option<f64>,
-    #[serde(default)]
-    presence_penalty: Option<f64>,
-    #[serde(default, deserialize_with = "whole")]
-    seed: Option<i64>,
-    #[serde(default)]
-    stop: Option<Texts>,
-    #[serde(default, deserialize_with = "whole")]
-    n: Option<i64>,
-    #[serde(default)]
-    stream: Option<bool>,
-    #[serde(default)]
-    stream_options: Option<StreamOptions>,
-    #[serde(default)]
-    logprobs: Option<bool>,
-    #[serde(default, deserialize_with = "whole")]
-    top_logprobs: Option<i64>,
-    #[serde(default)]
-    logit_bias: Option<Value>,
-    #[serde(default)]
-    tools: Option<Value>,
-    #[serde(default)]
-    tool_choice: Option<Value>,
-    #[serde(default)]
-    functions: Option<Value>,
-    #[serde(default)]
-    function_call: Option<Value>,
-    #[serde(default)]
-    response_format: Option<Value>,
-    #[serde(default)]
-    modalities: Option<Value>,
-    #[serde(default)]
-    audio: Option<Value>,
-    #[serde(default)]
-    parallel_tool_calls: Option<bool>,
-    #[serde(default)]
-    user: Option<String>,
-    #[serde(default)]
-    metadata: Option<IgnoredAny>,
-    #[serde(default)]
-    store: Option<bool>,
-    #[serde(default)]
-    service_tier: Option<String>,
-    #[serde(default)]
-    safety_identifier: Option<String>,
-    #[serde(default)]
-    prompt_cache_key: Option<String>,
-}
-
-/// `POST /v1/completions`
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(dead_code, reason = "some fields are taken and change nothing")]
-pub struct CompletionRequest {
-    model: String,
-    prompt: Prompt,
-    #[serde(default, deserialize_with = "whole")]
-    max_tokens: Option<i64>,
-    #[serde(default)]
-    temperature: Option<f64>,
-    #[serde(default)]
-    top_p: Option<f64>,
-    #[serde(default, deserialize_with = "whole")]
-    top_k: Option<i64>,
-    #[serde(default)]
-    min_p: Option<f64>,
-    #[serde(default)]
-    frequency_penalty: Option<f64>,
-    #[serde(default)]
-    presence_penalty: Option<f64>,
-    #[serde(default, deserialize_with = "whole")]
-    seed: Option<i64>,
-    #[serde(default)]
-    stop: Option<Texts>,
-    #[serde(default, deserialize_with = "whole")]
-    n: Option<i64>,
-    #[serde(default, deserialize_with = "whole")]
-    best_of: Option<i64>,
-    #[serde(default)]
-    stream: Option<bool>,
-    #[serde(default)]
-    stream_options: Option<StreamOptions>,
-    #[serde(default, deserialize_with = "whole")]
-    logprobs: Option<i64>,
-    #[serde(default)]
-    logit_bias: Option<Value>,
-    #[serde(default)]
-    echo: Option<bool>,
-    #[serde(default)]
-    suffix: Option<String>,
-    #[serde(default)]
-    user: Option<String>,
-}
-
-/// `POST /v1/tokenize`
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TokenizeRequest {
-    #[serde(default)]
-    model: Option<String>,
-    #[serde(default)]
-    prompt: Option<String>,
-    #[serde(default)]
-    messages: Option<Vec<ChatMessage>>,
-}
-
-/// `POST /v1/sessions`
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SessionRequest {
-    name: String,
-    #[serde(default)]
-    model: Option<String>,
-    #[serde(default)]
-    prompt: Option<String>,
-    #[serde(default)]
-    messages: Option<Vec<ChatMessage>>,
-}
-
-/// Reads JSON.
-///
-/// # Errors
-/// It is no JSON, or not of this shape; the error names the field.
-pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    let text = std::str::from_utf8(body).map_err(|e| {
-        let at = e.valid_up_to();
-        ApiError { param: None, ..ApiError::invalid("", format!("the body is not UTF-8 (byte {at})")) }
-    })?;
-    let mut json = serde_json::Deserializer::from_str(text);
-    let wrong = |path: String, e: serde_json::Error| {
-        let param = (path != "." && !path.is_empty() && !path.contains('?')).then_some(path);
-        let place = param.as_ref().map(|p| format!("`{p}`: ")).unwrap_or_default();
-        ApiError { param, ..ApiError::invalid("", format!("{place}{e}")) }
-    };
-    let value = serde_path_to_error::deserialize(&mut json).map_err(|e| wrong(e.path().to_string(), e.into_inner()))?;
-    json.end().map_err(|e| wrong(String::new(), e))?;
-    Ok(value)
 }
 
 /// What both kinds of request ask for.
