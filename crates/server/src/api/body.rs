@@ -12,28 +12,19 @@ use super::fields::{Content, Prompt, Texts, whole};
 #[allow(dead_code, reason = "some fields are taken and change nothing")]
 pub(super) struct ChatMessage {
     pub(super) role: String,
-    #[serde(default)]
     pub(super) content: Option<Content>,
-    #[serde(default)]
     pub(super) name: Option<Value>,
-    #[serde(default)]
     pub(super) tool_calls: Option<Value>,
-    #[serde(default)]
     pub(super) tool_call_id: Option<Value>,
-    #[serde(default)]
     pub(super) refusal: Option<Value>,
-    #[serde(default)]
     pub(super) audio: Option<Value>,
-    #[serde(default)]
     pub(super) annotations: Option<IgnoredAny>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct StreamOptions {
-    #[serde(default)]
     pub(super) include_usage: Option<bool>,
-    #[serde(default)]
     pub(super) include_obfuscation: Option<bool>,
 }
 
@@ -48,61 +39,37 @@ pub struct ChatRequest {
     pub(super) max_tokens: Option<i64>,
     #[serde(default, deserialize_with = "whole")]
     pub(super) max_completion_tokens: Option<i64>,
-    #[serde(default)]
     pub(super) temperature: Option<f64>,
-    #[serde(default)]
     pub(super) top_p: Option<f64>,
     #[serde(default, deserialize_with = "whole")]
     pub(super) top_k: Option<i64>,
-    #[serde(default)]
     pub(super) min_p: Option<f64>,
-    #[serde(default)]
     pub(super) frequency_penalty: Option<f64>,
-    #[serde(default)]
     pub(super) presence_penalty: Option<f64>,
     #[serde(default, deserialize_with = "whole")]
     pub(super) seed: Option<i64>,
-    #[serde(default)]
     pub(super) stop: Option<Texts>,
     #[serde(default, deserialize_with = "whole")]
     pub(super) n: Option<i64>,
-    #[serde(default)]
     pub(super) stream: Option<bool>,
-    #[serde(default)]
     pub(super) stream_options: Option<StreamOptions>,
-    #[serde(default)]
     pub(super) logprobs: Option<bool>,
     #[serde(default, deserialize_with = "whole")]
     pub(super) top_logprobs: Option<i64>,
-    #[serde(default)]
     pub(super) logit_bias: Option<Value>,
-    #[serde(default)]
     pub(super) tools: Option<Value>,
-    #[serde(default)]
     pub(super) tool_choice: Option<Value>,
-    #[serde(default)]
     pub(super) functions: Option<Value>,
-    #[serde(default)]
     pub(super) function_call: Option<Value>,
-    #[serde(default)]
     pub(super) response_format: Option<Value>,
-    #[serde(default)]
     pub(super) modalities: Option<Value>,
-    #[serde(default)]
     pub(super) audio: Option<Value>,
-    #[serde(default)]
     pub(super) parallel_tool_calls: Option<bool>,
-    #[serde(default)]
     pub(super) user: Option<String>,
-    #[serde(default)]
     pub(super) metadata: Option<IgnoredAny>,
-    #[serde(default)]
     pub(super) store: Option<bool>,
-    #[serde(default)]
     pub(super) service_tier: Option<String>,
-    #[serde(default)]
     pub(super) safety_identifier: Option<String>,
-    #[serde(default)]
     pub(super) prompt_cache_key: Option<String>,
 }
 
@@ -115,39 +82,27 @@ pub struct CompletionRequest {
     pub(super) prompt: Prompt,
     #[serde(default, deserialize_with = "whole")]
     pub(super) max_tokens: Option<i64>,
-    #[serde(default)]
     pub(super) temperature: Option<f64>,
-    #[serde(default)]
     pub(super) top_p: Option<f64>,
     #[serde(default, deserialize_with = "whole")]
     pub(super) top_k: Option<i64>,
-    #[serde(default)]
     pub(super) min_p: Option<f64>,
-    #[serde(default)]
     pub(super) frequency_penalty: Option<f64>,
-    #[serde(default)]
     pub(super) presence_penalty: Option<f64>,
     #[serde(default, deserialize_with = "whole")]
     pub(super) seed: Option<i64>,
-    #[serde(default)]
     pub(super) stop: Option<Texts>,
     #[serde(default, deserialize_with = "whole")]
     pub(super) n: Option<i64>,
     #[serde(default, deserialize_with = "whole")]
     pub(super) best_of: Option<i64>,
-    #[serde(default)]
     pub(super) stream: Option<bool>,
-    #[serde(default)]
     pub(super) stream_options: Option<StreamOptions>,
     #[serde(default, deserialize_with = "whole")]
     pub(super) logprobs: Option<i64>,
-    #[serde(default)]
     pub(super) logit_bias: Option<Value>,
-    #[serde(default)]
     pub(super) echo: Option<bool>,
-    #[serde(default)]
     pub(super) suffix: Option<String>,
-    #[serde(default)]
     pub(super) user: Option<String>,
 }
 
@@ -155,11 +110,8 @@ pub struct CompletionRequest {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenizeRequest {
-    #[serde(default)]
     pub(super) model: Option<String>,
-    #[serde(default)]
     pub(super) prompt: Option<String>,
-    #[serde(default)]
     pub(super) messages: Option<Vec<ChatMessage>>,
 }
 
@@ -168,11 +120,8 @@ pub struct TokenizeRequest {
 #[serde(deny_unknown_fields)]
 pub struct SessionRequest {
     pub(super) name: String,
-    #[serde(default)]
     pub(super) model: Option<String>,
-    #[serde(default)]
     pub(super) prompt: Option<String>,
-    #[serde(default)]
     pub(super) messages: Option<Vec<ChatMessage>>,
 }
 

@@ -65,11 +65,8 @@ pub(super) struct Content(pub String);
 struct Part {
     r#type: String,
     text: Option<String>,
-    #[serde(default)]
     image_url: Option<de::IgnoredAny>,
-    #[serde(default)]
     input_audio: Option<de::IgnoredAny>,
-    #[serde(default)]
     file: Option<de::IgnoredAny>,
 }
 
