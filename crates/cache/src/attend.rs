@@ -6,12 +6,16 @@ use kvquant_kernels::attend::{BLOCKS, BlockView, Kernels, Rows as QueryRows, Sid
 use kvquant_kernels::rope::{BlockTable, Rope, Rotation};
 use kvquant_quant::pack::BLOCK_TOKENS;
 use rayon::prelude::*;
+use smallvec::SmallVec;
 
 use crate::block::Block;
-use crate::edge::{Edge, fold};
+use crate::edge::{Edge, EdgeRoom};
 use crate::error::CacheError;
 use crate::layer::Layer;
 use crate::sequence::CacheShape;
+
+/// Views of the blocks of one call to the kernels.
+type Views<'a> = SmallVec<[BlockView<'a>; BLOCKS]>;
 
 /// Blocks times KV heads below which threads cost more than they bring.
 const SPLIT_FROM: usize = 12;
@@ -20,13 +24,14 @@ const SPLIT_FROM: usize = 12;
 #[derive(Debug, Default)]
 pub(crate) struct Angles {
     start: usize,
+    /// The first `count` of them; the others are room.
     rotations: Vec<Rotation>,
     count: usize,
 }
 
 /// Queries by KV head, turned to their positions and scaled: `[kv_heads, tokens * group, head_dim]`.
-pub(crate) struct Queries {
-    data: Vec<f32>,
+pub(crate) struct Queries<'a> {
+    data: &'a [f32],
     tokens: usize,
     group: usize,
     head_dim: usize,
@@ -36,26 +41,36 @@ impl Angles {
     /// Makes ready for positions `start .. start + n`.
     pub fn cover(&mut self, rope: &Rope, start: usize, n: usize) {
         if self.start != start || self.count != n {
-            self.rotations.clear();
-            self.rotations.extend((start..start + n).map(|p| rope.rotation(p)));
+            if self.rotations.len() < n {
+                self.rotations.resize_with(n, Rotation::default);
+            }
+            self.rotations.iter_mut().zip(start..start + n).for_each(|(r, p)| rope.rotate_to(p, r));
             (self.start, self.count) = (start, n);
         }
     }
 
     /// Keys `[tokens, kv_heads, head_dim]`, turned.
-    pub fn turn(&self, k: &[f32], channels: usize, head_dim: usize) -> Vec<f32> {
-        let mut turned = k.to_vec();
+    pub fn turn(&self, k: &[f32], channels: usize, head_dim: usize, turned: &mut Vec<f32>) {
+        turned.clear();
+        turned.extend_from_slice(k);
         for (token, rotation) in turned.chunks_exact_mut(channels).zip(&self.rotations) {
             token.chunks_exact_mut(head_dim).for_each(|head| rotation.apply(head));
         }
-        turned
     }
 
-    /// Queries from `[tokens, heads, head_dim]`.
-    pub fn queries(&self, q: &[f32], heads: usize, kv_heads: usize, head_dim: usize) -> Queries {
-        let (tokens, group) = (self.rotations.len(), heads / kv_heads);
+    /// Queries from `[tokens, heads, head_dim]`, written to `data`.
+    pub fn queries<'a>(
+        &self,
+        q: &[f32],
+        heads: usize,
+        kv_heads: usize,
+        head_dim: usize,
+        data: &'a mut Vec<f32>,
+    ) -> Queries<'a> {
+        let (tokens, group) = (self.count, heads / kv_heads);
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let mut data = vec![0.0; q.len()];
+        // Every entry is written below.
+        data.resize(q.len(), 0.0);
         let head = |(h, of_head): (usize, &mut [f32])| {
             for (t, of_token) in of_head.chunks_exact_mut(group * head_dim).enumerate() {
                 of_token.copy_from_slice(&q[(t * heads + h * group) * head_dim..][..group * head_dim]);
@@ -73,7 +88,7 @@ impl Angles {
     }
 }
 
-impl Queries {
+impl Queries<'_> {
     fn of(&self, head: usize, tokens: Range<usize>) -> &[f32] {
         let a_token = self.group * self.head_dim;
         let first = head * self.tokens * a_token;
@@ -95,11 +110,19 @@ pub(crate) struct History<'a> {
 }
 
 /// One piece of work: a KV head, some query tokens, a run of the layer's parts (part 0 is the sinks).
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default, PartialEq)]
 struct Task {
     head: usize,
     tokens: Range<usize>,
     parts: Range<usize>,
+}
+
+/// A task and what comes of it.
+#[derive(Debug, Default)]
+pub(crate) struct Work {
+    task: Task,
+    state: State,
+    edge: EdgeRoom,
 }
 
 /// Query rows of a KV head: those of the call's tokens `tokens`, the first at `position`, from row `row` of a state on.
@@ -122,7 +145,8 @@ struct Place<'a> {
 
 impl History<'_> {
     /// Attends with a task's rows, the first at `position`, to its parts.
-    fn attend(&self, queries: &Queries, task: &Task, position: usize, state: &mut State) -> Result<(), ViewError> {
+    fn attend(&self, queries: &Queries<'_>, work: &mut Work, position: usize) -> Result<(), ViewError> {
+        let Work { task, state, edge } = work;
         let cx = self.layer.context();
         let asking = Asking { head: task.head, tokens: task.tokens.clone(), position, row: 0 };
         let rows = QueryRows {
@@ -132,7 +156,8 @@ impl History<'_> {
             first_visible: BLOCK_TOKENS,
         };
         // Blocks that every row sees whole wait here: the next are asked for while those before them are attended to.
-        let (mut now, mut next) = (Vec::with_capacity(BLOCKS), Vec::with_capacity(BLOCKS));
+        let (mut first, mut second) = (Views::new(), Views::new());
+        let (mut now, mut next) = (&mut first, &mut second);
         for part in task.parts.clone() {
             let place = if part == 0 {
                 let sink = self.layer.sink();
@@ -153,25 +178,33 @@ impl History<'_> {
             if place.len == 0 {
                 continue;
             }
-            if self.layer.window().is_some() || place.first + place.len > position + 1 {
-                self.fold(queries, &asking, place, state)?;
+            let in_window = |w: usize| place.first.saturating_add(w) >= position + asking.tokens.len();
+            if !self.layer.window().is_none_or(in_window) || place.first + place.len > position + 1 {
+                self.fold(queries, &asking, place, state, edge)?;
                 continue;
             }
             next.push(BlockView::new(place.sides.0, place.sides.1, place.len, place.origin)?);
             self.kernels.prefetch(&next[next.len() - 1]);
             if next.len() == BLOCKS {
-                self.kernels.attend_all(&rows, &now, self.table, state);
+                self.kernels.attend_all(&rows, now, self.table, state);
                 std::mem::swap(&mut now, &mut next);
                 next.clear();
             }
         }
-        self.kernels.attend_all(&rows, &now, self.table, state);
-        self.kernels.attend_all(&rows, &next, self.table, state);
+        self.kernels.attend_all(&rows, now, self.table, state);
+        self.kernels.attend_all(&rows, next, self.table, state);
         Ok(())
     }
 
     /// Attends with some rows to one block, none of which begins after the first row's position.
-    fn fold(&self, queries: &Queries, asking: &Asking, place: Place<'_>, state: &mut State) -> Result<(), ViewError> {
+    fn fold(
+        &self,
+        queries: &Queries<'_>,
+        asking: &Asking,
+        place: Place<'_>,
+        state: &mut State,
+        room: &mut EdgeRoom,
+    ) -> Result<(), ViewError> {
         let Place { sides: (key, value), first, len, origin } = place;
         let Asking { head, ref tokens, position, row } = *asking;
         if len == 0 {
@@ -199,7 +232,7 @@ impl History<'_> {
             } else {
                 let mut part = State::empty(rows.len(), queries.head_dim);
                 self.kernels.attend(&rows, &view, self.table, &mut part);
-                fold(state, row, part);
+                state.merge_from(row, &part);
             }
         }
         if let Some(window) = self.layer.window()
@@ -207,17 +240,18 @@ impl History<'_> {
         {
             let edge = Edge { key, value, len, origin, table: self.table };
             let q = queries.of(head, tokens.start + all..tokens.start + some);
-            let part = edge.attend(self.kernels, q, |r| {
+            let part = edge.attend(self.kernels, q, room, |r| {
                 let seen = position + all + r / queries.group + 1;
                 seen.saturating_sub(window + first)..(seen - first).min(len)
             });
-            fold(state, row + all * queries.group, part);
+            state.merge_from(row + all * queries.group, part);
         }
         Ok(())
     }
 
-    /// Splits rows and parts so that all threads have work of about the same size.
-    fn tasks(&self, tokens: Range<usize>) -> Vec<Task> {
+    /// Splits rows and parts so that all threads have work of about the same size, and puts the tasks at the front of
+    /// `works`; returns how many.
+    fn plan(&self, tokens: Range<usize>, works: &mut Vec<Work>) -> usize {
         let (heads, parts) = (self.shape.kv_heads, self.layer.blocks().len() + 1);
         let threads = rayon::current_num_threads();
         let pieces = (4 * threads).div_ceil(heads);
@@ -236,51 +270,52 @@ impl History<'_> {
                 parts_each = parts.div_ceil(pieces.min(parts.div_ceil(4)));
             }
         }
-        let mut tasks = Vec::new();
+        let mut n = 0;
         for head in 0..heads {
             for first in tokens.clone().step_by(rows_each) {
                 for part in (0..parts).step_by(parts_each) {
-                    tasks.push(Task {
+                    if n == works.len() {
+                        works.push(Work::default());
+                    }
+                    works[n].task = Task {
                         head,
                         tokens: first..(first + rows_each).min(tokens.end),
                         parts: part..(part + parts_each).min(parts),
-                    });
+                    };
+                    n += 1;
                 }
             }
         }
-        tasks
+        n
     }
 
     /// Runs the tasks, `extra` after each, and writes the merged outputs `[tokens, heads, head_dim]`, where
     /// `tokens.start` is the first token of `out`.
     fn run(
         &self,
-        queries: &Queries,
+        queries: &Queries<'_>,
         tokens: Range<usize>,
         position: usize,
+        works: &mut Vec<Work>,
         out: &mut [f32],
-        extra: impl Fn(&Task, &mut State) -> Result<(), ViewError> + Sync,
+        extra: impl Fn(&mut Work) -> Result<(), ViewError> + Sync,
     ) -> Result<(), CacheError> {
         let (d, group, heads) = (self.shape.head_dim, queries.group, self.shape.heads);
-        let tasks = self.tasks(tokens.clone());
-        let work = |task: &Task| {
-            let mut state = State::empty(task.tokens.len() * group, d);
-            self.attend(queries, task, position + task.tokens.start - tokens.start, &mut state)?;
-            if task.parts.start == 0 {
-                extra(task, &mut state)?;
-            }
-            Ok(state)
+        let n = self.plan(tokens.clone(), works);
+        let works = &mut works[..n];
+        let run = |work: &mut Work| {
+            work.state.reset(work.task.tokens.len() * group, d);
+            self.attend(queries, work, position + work.task.tokens.start - tokens.start)?;
+            if work.task.parts.start == 0 { extra(work) } else { Ok(()) }
         };
-        let states: Vec<State> = if tasks.len() <= self.shape.kv_heads {
-            tasks.iter().map(work).collect::<Result<_, ViewError>>()?
+        if n <= self.shape.kv_heads {
+            works.iter_mut().try_for_each(run)?;
         } else {
-            tasks.par_iter().with_max_len(1).map(work).collect::<Result<_, ViewError>>()?
-        };
-        let mut done = tasks.iter().zip(states).peekable();
-        while let Some((task, mut state)) = done.next() {
-            while let Some((_, other)) = done.next_if(|(t, _)| t.head == task.head && t.tokens == task.tokens) {
-                state.merge(&other);
-            }
+            works.par_iter_mut().with_max_len(1).try_for_each(run)?;
+        }
+        for same in works.chunk_by_mut(|a, b| a.task.head == b.task.head && a.task.tokens == b.task.tokens) {
+            let (Work { task, state, .. }, others) = same.split_first_mut().expect("a chunk is not empty");
+            others.iter().for_each(|other| state.merge(&other.state));
             for row in 0..state.rows() {
                 let (t, head) = (task.tokens.start - tokens.start + row / group, task.head * group + row % group);
                 state.finish(row, &mut out[(t * heads + head) * d..][..d]);
@@ -293,12 +328,13 @@ impl History<'_> {
 /// Queries `tokens` of the call, the first at `position`, against everything stored, their own tokens included.
 pub(crate) fn quantized(
     history: &History<'_>,
-    queries: &Queries,
+    queries: &Queries<'_>,
     tokens: Range<usize>,
     position: usize,
+    works: &mut Vec<Work>,
     out: &mut [f32],
 ) -> Result<(), CacheError> {
-    history.run(queries, tokens, position, out, |_, _| Ok(()))
+    history.run(queries, tokens, position, works, out, |_| Ok(()))
 }
 
 /// All queries of the call, the first at `position`, against the stored history and their own exact tokens,
@@ -307,12 +343,13 @@ pub(crate) fn exact(
     history: &History<'_>,
     own: &[Block],
     rotations: &[Rotation],
-    queries: &Queries,
+    queries: &Queries<'_>,
     position: usize,
+    works: &mut Vec<Work>,
     out: &mut [f32],
 ) -> Result<(), CacheError> {
     let cx = history.layer.context();
-    history.run(queries, 0..queries.tokens, position, out, |task, state| {
+    history.run(queries, 0..queries.tokens, position, works, out, |Work { task, state, edge }| {
         for (b, block) in own.iter().enumerate() {
             let first = b * BLOCK_TOKENS;
             if first >= task.tokens.end {
@@ -329,7 +366,7 @@ pub(crate) fn exact(
                 len: block.len(cx.channels),
                 origin: history.origins.map(|_| &rotations[b]),
             };
-            history.fold(queries, &asking, place, state)?;
+            history.fold(queries, &asking, place, state, edge)?;
         }
         Ok(())
     })

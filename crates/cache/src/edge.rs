@@ -9,6 +9,15 @@ use kvquant_kernels::attend::{Kernels, SideView, State};
 use kvquant_kernels::rope::{BlockTable, Rotation};
 use kvquant_quant::pack::BLOCK_TOKENS;
 
+/// What attending to a block's edge works in.
+#[derive(Debug, Default)]
+pub(crate) struct EdgeRoom {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    local: Vec<f32>,
+    part: State,
+}
+
 /// A block as the rows at its edge see it.
 pub(crate) struct Edge<'a> {
     pub key: SideView<'a>,
@@ -21,23 +30,31 @@ pub(crate) struct Edge<'a> {
 
 impl Edge<'_> {
     /// Attends with rows `[rows, head_dim]`, each to the tokens of the block that `seen` gives for it.
-    pub fn attend(&self, kernels: Kernels, q: &[f32], seen: impl Fn(usize) -> Range<usize>) -> State {
+    pub fn attend<'r>(
+        &self,
+        kernels: Kernels,
+        q: &[f32],
+        room: &'r mut EdgeRoom,
+        seen: impl Fn(usize) -> Range<usize>,
+    ) -> &'r State {
         let d = self.key.head_dim();
-        let (mut keys, mut values) = (vec![0.0; d * BLOCK_TOKENS], vec![0.0; d * BLOCK_TOKENS]);
-        kernels.dequant(&self.key, self.len, &mut keys);
-        kernels.dequant(&self.value, self.len, &mut values);
+        let EdgeRoom { keys, values, local, part: state } = room;
+        keys.resize(d * BLOCK_TOKENS, 0.0);
+        values.resize(d * BLOCK_TOKENS, 0.0);
+        local.resize(d, 0.0);
+        kernels.dequant(&self.key, self.len, keys);
+        kernels.dequant(&self.value, self.len, values);
         if self.origin.is_some() {
-            turn(&mut keys, self.table);
+            turn(keys, self.table);
         }
-        let mut state = State::empty(q.len() / d, d);
-        let mut local = vec![0.0; d];
+        state.reset(q.len() / d, d);
         for (row, q) in q.chunks_exact(d).enumerate() {
             let seen = seen(row);
             if seen.is_empty() {
                 continue;
             }
             match self.origin {
-                Some(origin) => origin.undo(q, &mut local),
+                Some(origin) => origin.undo(q, local),
                 None => local.copy_from_slice(q),
             }
             let mut scores = [0.0f32; BLOCK_TOKENS];
@@ -68,15 +85,4 @@ fn turn(tile: &mut [f32], table: &BlockTable) {
             (*x, *y) = (*x * c - *y * s, *x * s + *y * c);
         }
     }
-}
-
-/// Folds the state of `part.rows()` rows from `first` on into `state`.
-pub(crate) fn fold(state: &mut State, first: usize, mut part: State) {
-    // Rows after the part get the empty state, which is neutral.
-    let rows = state.rows() - first;
-    let d = state.head_dim();
-    part.max.resize(rows, f32::NEG_INFINITY);
-    part.sum.resize(rows, 0.0);
-    part.out.resize(rows * d, 0.0);
-    state.merge_from(first, &part);
 }

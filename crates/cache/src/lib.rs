@@ -28,6 +28,7 @@ mod coded;
 mod edge;
 mod error;
 mod layer;
+mod scratch;
 mod sequence;
 mod session;
 mod sharing;

@@ -14,6 +14,7 @@ use crate::bytes::Bytes;
 use crate::coded::{Layout, Quantizers};
 use crate::error::CacheError;
 use crate::layer::{Codec, Layer};
+use crate::scratch::{self, Attention};
 use crate::transform::Transform;
 use crate::turns::Turns;
 
@@ -225,11 +226,17 @@ impl Cache {
     ) -> Result<(), CacheError> {
         let CacheShape { heads, kv_heads, head_dim: d, .. } = self.shape;
         self.check_lengths(q, k, v, out)?;
-        let Some(t) = self.transforms.get(layer) else { return self.store_and_attend(layer, q, k, v, prefill, out) };
-        let (q, k, v) = (t.turn(q, heads, d), t.turn(k, kv_heads, d), t.project(v, d));
-        self.store_and_attend(layer, &q, &k, &v, prefill, out)?;
-        self.transforms[layer].restore(out, heads, d);
-        Ok(())
+        scratch::with(|s| {
+            let Some(t) = self.transforms.get(layer) else {
+                return self.store_and_attend(layer, q, k, v, prefill, out, &mut s.attention);
+            };
+            t.turn(q, heads, d, &mut s.q);
+            t.turn(k, kv_heads, d, &mut s.k);
+            t.project(v, d, &mut s.v);
+            self.store_and_attend(layer, &s.q, &s.k, &s.v, prefill, out, &mut s.attention)?;
+            self.transforms[layer].restore(out, heads, d, &mut s.q);
+            Ok(())
+        })
     }
 
     fn check_lengths(&self, q: &[f32], k: &[f32], v: &[f32], out: &[f32]) -> Result<(), CacheError> {
@@ -257,7 +264,9 @@ impl Cache {
         v: &[f32],
         prefill: Prefill,
         out: &mut [f32],
+        room: &mut Attention,
     ) -> Result<(), CacheError> {
+        let Attention { turned, queries, works } = room;
         let (c, wide) = (self.shape.channels(), self.shape.heads * self.shape.head_dim);
         let n = k.len() / c;
         if n == 0 {
@@ -269,14 +278,13 @@ impl Cache {
         }
         let turns = &mut self.turns[self.turns_of[layer]];
         turns.cover(start, n, self.sinks);
-        let turned;
         let k = if self.pre_rope {
             k
         } else {
-            turned = turns.angles.turn(k, c, self.shape.head_dim);
-            &turned[..]
+            turns.angles.turn(k, c, self.shape.head_dim, turned);
+            turned
         };
-        let queries = turns.angles.queries(q, self.shape.heads, self.shape.kv_heads, self.shape.head_dim);
+        let queries = turns.angles.queries(q, self.shape.heads, self.shape.kv_heads, self.shape.head_dim, queries);
         let failed =
             |position: usize| move |(side, source): TokenError| CacheError::Token { layer, position, side, source };
         if prefill == Prefill::Exact && n > 1 {
@@ -289,7 +297,7 @@ impl Cache {
                 .collect::<Result<_, _>>()?;
             let rope = turns.rope.clone();
             let rotations: Vec<_> = (0..own.len()).map(|b| rope.rotation(start + b * BLOCK_TOKENS)).collect();
-            attend::exact(&self.history(layer), &own, &rotations, &queries, start, out)?;
+            attend::exact(&self.history(layer), &own, &rotations, &queries, start, works, out)?;
             let stored = self.layers[layer].store(k, v, start);
             return stored.map_err(|(position, (side, source))| CacheError::Token { layer, position, side, source });
         }
@@ -307,6 +315,7 @@ impl Cache {
                 &queries,
                 rows.clone(),
                 at,
+                works,
                 &mut out[rows.start * wide..rows.end * wide],
             )?;
             at = run;
@@ -366,14 +375,22 @@ impl Cache {
             }
         }
         let start = self.len;
-        let turned = self.transforms.get(layer).map(|t| (t.turn(k, kv_heads, d), t.project(v, d)));
-        let (k, v) = turned.as_ref().map_or((k, v), |(k, v)| (&k[..], &v[..]));
-        let turns = &mut self.turns[self.turns_of[layer]];
-        turns.cover(start, n, self.sinks);
-        let rotated = (!self.pre_rope).then(|| turns.angles.turn(k, c, d));
-        self.layers[layer]
-            .store(rotated.as_deref().unwrap_or(k), v, start)
-            .map_err(|(position, (side, source))| CacheError::Token { layer, position, side, source })
+        let stored = scratch::with(|s| {
+            let (mut k, mut v) = (k, v);
+            if let Some(t) = self.transforms.get(layer) {
+                t.turn(k, kv_heads, d, &mut s.k);
+                t.project(v, d, &mut s.v);
+                (k, v) = (&s.k, &s.v);
+            }
+            if !self.pre_rope {
+                let turns = &mut self.turns[self.turns_of[layer]];
+                turns.cover(start, n, self.sinks);
+                turns.angles.turn(k, c, d, &mut s.attention.turned);
+                k = &s.attention.turned;
+            }
+            self.layers[layer].store(k, v, start)
+        });
+        stored.map_err(|(position, (side, source))| CacheError::Token { layer, position, side, source })
     }
 
     /// Lengthens the cache to at least `tokens` tokens by copies of its own whole blocks, each in memory of its own: a cache

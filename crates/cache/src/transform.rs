@@ -27,32 +27,32 @@ impl Transform {
     }
 
     /// Keys `[tokens, kv_heads, head_dim]` or queries `[tokens, heads, head_dim]`, turned.
-    pub fn turn(&self, x: &[f32], heads: usize, head_dim: usize) -> Vec<f32> {
-        let mut x = x.to_vec();
+    pub fn turn(&self, x: &[f32], heads: usize, head_dim: usize, out: &mut Vec<f32>) {
+        copy(x, out);
         let group = heads / self.turns.len();
-        for token in x.chunks_exact_mut(heads * head_dim) {
+        for token in out.chunks_exact_mut(heads * head_dim) {
             for (of_head, turn) in token.chunks_exact_mut(group * head_dim).zip(&self.turns) {
                 of_head.chunks_exact_mut(head_dim).for_each(|head| turn.apply(head));
             }
         }
-        x
     }
 
     /// Values `[tokens, kv_heads, head_dim]` in each head's basis.
-    pub fn project(&self, v: &[f32], d: usize) -> Vec<f32> {
-        let mut out = vec![0.0; v.len()];
+    pub fn project(&self, v: &[f32], d: usize, out: &mut Vec<f32>) {
+        // Every entry is written below.
+        out.resize(v.len(), 0.0);
         let width = self.turns.len() * d;
         for (h, basis) in self.bases.chunks_exact(d * d).enumerate() {
             // out[t] = basis v[t]: the basis is read by columns.
             let (from, to) = (&v[h * d..], &mut out[h * d..]);
             gemm(v.len() / width, d, d, 1.0, from, width, 1, basis, 1, d, 0.0, to, width, 1);
         }
-        out
     }
 
-    /// Attention outputs `[tokens, heads, head_dim]`, back from the bases.
-    pub fn restore(&self, out: &mut [f32], heads: usize, d: usize) {
-        let (turned, width, group) = (out.to_vec(), heads * d, heads / self.turns.len());
+    /// Attention outputs `[tokens, heads, head_dim]`, back from the bases; `turned` is room for a copy.
+    pub fn restore(&self, out: &mut [f32], heads: usize, d: usize, turned: &mut Vec<f32>) {
+        copy(out, turned);
+        let (width, group) = (heads * d, heads / self.turns.len());
         for h in 0..heads {
             let basis = &self.bases[h / group * d * d..][..d * d];
             gemm(
@@ -73,4 +73,9 @@ impl Transform {
             );
         }
     }
+}
+
+fn copy(x: &[f32], to: &mut Vec<f32>) {
+    to.clear();
+    to.extend_from_slice(x);
 }

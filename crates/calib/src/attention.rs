@@ -8,7 +8,7 @@
 use kvquant_kernels::linalg::gemm;
 use rayon::prelude::*;
 
-use crate::ops::exp;
+use kvquant_kernels::rowwise::exp;
 
 /// Queries in a tile: 128 x 2048 scores are 1 MiB.
 const TILE: usize = 128;

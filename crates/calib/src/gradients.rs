@@ -8,6 +8,7 @@
 
 use kvquant_kernels::linalg::gemm;
 use kvquant_kernels::rope::{Rope, Rotation};
+use kvquant_kernels::rowwise::exp;
 use kvquant_kernels::weights::Weight;
 use kvquant_model::Model;
 use rayon::prelude::*;
@@ -168,7 +169,7 @@ fn cross_entropy(row: &mut [f32], target: usize, scale: f32) -> f64 {
     let at_target = f64::from(row[target]);
     let mut sum = 0f64;
     for part in row.chunks_mut(256) {
-        part.iter_mut().for_each(|x| *x = ops::exp(*x - max));
+        part.iter_mut().for_each(|x| *x = exp(*x - max));
         sum += f64::from(part.iter().sum::<f32>());
     }
     let factor = scale / sum as f32;

@@ -5,7 +5,7 @@
 //! its nine products per window for the memory of one more `[tokens, hidden]` a layer.
 
 use kvquant_kernels::rope::Rotation;
-use kvquant_model::ops::Activation;
+use kvquant_kernels::rowwise::Activation;
 use kvquant_model::{Config, forward::Layer};
 
 use crate::attention::{Attended, Heads};

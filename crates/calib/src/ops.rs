@@ -1,36 +1,14 @@
 //! The small pieces of a layer and their gradients, on row-major f32 slices.
 //!
-//! Loops are written so that the compiler vectorizes them on every target; `exp` is a polynomial for that reason
-//! (the library's is a call per element, and softmax needs a billion of them per window).
+//! Loops are written so that the compiler vectorizes them on every target.
 
 use kvquant_kernels::linalg::gemm;
 use kvquant_kernels::rope::Rotation;
-use kvquant_model::ops::Activation;
+use kvquant_kernels::rowwise::{Activation, exp};
 use rayon::prelude::*;
 
 /// Rows per task of the row-wise loops.
 const ROWS: usize = 32;
-
-/// exp(x), within 2e-7 relative for -87 < x < 88; smaller x give a number below 2e-38.
-#[inline(always)]
-pub(crate) fn exp(x: f32) -> f32 {
-    // x = n ln2 + r, |r| <= ln2/2. Adding 1.5 * 2^23 rounds to an integer without an SSE4.1 instruction.
-    const MAGIC: f32 = 12_582_912.0;
-    let x = x.clamp(-87.0, 88.0);
-    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
-    let n = shifted - MAGIC;
-    // ln 2 in two parts: the first has trailing zeros, so that n * LN2_HIGH is exact.
-    const LN2_HIGH: f32 = 355.0 / 512.0;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let r = (x - n * LN2_HIGH) - n * LN2_LOW;
-    let mut p = 1.987_569_1e-4;
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = p * r + c;
-    }
-    let p = p * r * r + r + 1.0;
-    let power = (shifted.to_bits() << 23).wrapping_add(127 << 23);
-    p * f32::from_bits(power)
-}
 
 /// 1 / (1 + e^-x).
 #[inline(always)]
@@ -164,18 +142,6 @@ pub(crate) fn rotate_back(x: &[f32], width: usize, rotations: &[Rotation]) -> Ve
 mod tests {
     use super::*;
     use crate::testing::{noise, slope};
-
-    #[test]
-    fn exp_agrees_with_the_library() {
-        let mut worst = 0f64;
-        for i in -8600..8700 {
-            let x = i as f32 * 0.01 + 0.003;
-            worst = worst.max((f64::from(exp(x)) / f64::from(x).exp() - 1.0).abs());
-        }
-        assert!(worst < 3e-7, "{worst}");
-        assert!(exp(-1e30) < 2e-38 && exp(f32::NEG_INFINITY) < 2e-38);
-        assert_eq!(exp(0.0), 1.0);
-    }
 
     /// d(sum(y * probe)) / dx against finite differences.
     fn check(x: &[f32], probe: &[f32], grad: &[f32], y: impl Fn(&[f32]) -> Vec<f32>) {

@@ -1,6 +1,6 @@
 //! Two rows of logits to the numbers of a position.
 
-use kvquant_model::ops::exp;
+use kvquant_kernels::rowwise::exp;
 use rayon::prelude::*;
 
 /// What one position says.

@@ -4,6 +4,7 @@
 //! weights   quantized weight matrices x activations          (projections, MLP, output head)
 //! attend    queries x one block of the cache -> partial state (scores, softmax, mix)
 //! rope      rotary positions by block origin
+//! rowwise   norms, activations and residual sums between the products
 //! linalg    dense f32 products on strided slices
 //! dispatch  which instruction set this process uses
 //! ```
@@ -15,4 +16,5 @@ pub mod attend;
 pub mod dispatch;
 pub mod linalg;
 pub mod rope;
+pub mod rowwise;
 pub mod weights;

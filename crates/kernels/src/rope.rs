@@ -16,7 +16,7 @@ pub struct Rope {
 }
 
 /// cos and sin of one position for every pair of a head.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Rotation {
     /// `[head_dim / 2]`
     pub cos: Vec<f32>,
@@ -61,15 +61,20 @@ impl Rope {
 
     /// cos and sin at an absolute position, exact to f32 rounding for positions of tens of millions.
     pub fn rotation(&self, position: usize) -> Rotation {
-        let (sin, cos) = self
-            .inv_freq
-            .iter()
-            .map(|f| {
-                let (s, c) = (position as f64 * f).sin_cos();
-                (s as f32, c as f32)
-            })
-            .unzip();
-        Rotation { cos, sin }
+        let mut rotation = Rotation::default();
+        self.rotate_to(position, &mut rotation);
+        rotation
+    }
+
+    /// [`rotation`](Rope::rotation) into one that is there.
+    pub fn rotate_to(&self, position: usize, rotation: &mut Rotation) {
+        rotation.cos.clear();
+        rotation.sin.clear();
+        for f in &self.inv_freq {
+            let (s, c) = (position as f64 * f).sin_cos();
+            rotation.cos.push(c as f32);
+            rotation.sin.push(s as f32);
+        }
     }
 
     /// The table of places inside a block.

@@ -10,7 +10,7 @@ mod phi3;
 mod qwen2;
 mod qwen3;
 
-use crate::ops::Activation;
+use kvquant_kernels::rowwise::Activation;
 
 /// Every family, in the order in which GGUF architectures are looked up.
 pub const FAMILIES: [&Family; 6] =

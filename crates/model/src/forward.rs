@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use kvquant_cache::{Cache, CacheError, CacheShape, LayerAttention, Prefill};
 use kvquant_kernels::dispatch::DispatchError;
+use kvquant_kernels::rowwise::{add_bias, add_rms_norm, gated, rms_norm, rms_norm_in_place, scale_rows};
 use kvquant_kernels::weights::{Activations, Weight, matmul_fused};
 use kvquant_quant::{FileError, Fingerprint, Quantizer, Spec};
 
 use crate::config::Config;
-use crate::ops::{add, add_bias, gated, rms_norm, rms_norm_in_place, scale_rows};
 use crate::source::SourceError;
 use crate::workspace::{Stage, Workspace};
 
@@ -266,9 +266,11 @@ impl Model {
             w.x.iter_mut().for_each(|x| *x *= c.embedding_scale);
         }
         w.lap(Stage::Embed);
+        if let Some(first) = self.layers.first() {
+            rms_norm(&w.x, &first.attn_norm, c.norm_eps, &mut w.normed);
+        }
+        w.lap(Stage::Norms);
         for (i, l) in self.layers.iter().enumerate() {
-            rms_norm(&w.x, &l.attn_norm, c.norm_eps, &mut w.normed);
-            w.lap(Stage::Norms);
             matmul_fused(activations, &[&l.q, &l.k, &l.v], &w.normed, rows, &mut [&mut w.q, &mut w.k, &mut w.v]);
             w.lap(Stage::Qkv);
             add_bias(&mut w.q, &l.q_bias);
@@ -284,8 +286,7 @@ impl Model {
             l.o.matmul(activations, &w.attended, rows, &mut w.normed);
             w.lap(Stage::Output);
             rms_norm_in_place(&mut w.normed, &l.post_attn_norm, c.norm_eps);
-            add(&mut w.x, &w.normed);
-            rms_norm(&w.x, &l.ffn_norm, c.norm_eps, &mut w.normed);
+            add_rms_norm(&mut w.x, &mut w.normed, c.hidden, Some(&l.ffn_norm), c.norm_eps);
             w.lap(Stage::Norms);
             matmul_fused(activations, &[&l.gate, &l.up], &w.normed, rows, &mut [&mut w.gate, &mut w.up]);
             w.lap(Stage::GateUp);
@@ -294,9 +295,9 @@ impl Model {
             l.down.matmul(activations, &w.gate, rows, &mut w.normed);
             w.lap(Stage::Down);
             rms_norm_in_place(&mut w.normed, &l.post_ffn_norm, c.norm_eps);
-            add(&mut w.x, &w.normed);
-            // NaN and infinity survive a sum.
-            if !w.x.iter().sum::<f32>().is_finite() && w.x.iter().any(|v| !v.is_finite()) {
+            // The last layer's sum is normed in `logits`, and only where it is asked for.
+            let next = self.layers.get(i + 1).map(|l| &l.attn_norm[..]);
+            if !add_rms_norm(&mut w.x, &mut w.normed, c.hidden, next, c.norm_eps) {
                 return Err(ForwardError::NotFinite { layer: i });
             }
             w.lap(Stage::Norms);

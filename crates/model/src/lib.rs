@@ -17,7 +17,6 @@ pub mod generate;
 pub mod gguf;
 mod identity;
 mod load;
-pub mod ops;
 pub mod pull;
 pub mod sampling;
 pub mod source;

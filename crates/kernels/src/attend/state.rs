@@ -4,7 +4,7 @@
 ///
 /// For a row with scores s_t: m = max s_t, l = sum exp(s_t - m), o = sum exp(s_t - m) v_t. The empty state is
 /// m = -inf, l = 0, o = 0. Merging is associative and commutative up to rounding.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct State {
     head_dim: usize,
     /// Running maximum `[rows]`.
@@ -19,6 +19,19 @@ impl State {
     /// The state of no tokens.
     pub fn empty(rows: usize, head_dim: usize) -> Self {
         State { head_dim, max: vec![f32::NEG_INFINITY; rows], sum: vec![0.0; rows], out: vec![0.0; rows * head_dim] }
+    }
+
+    /// Becomes the state of no tokens, in the memory that it has.
+    pub fn reset(&mut self, rows: usize, head_dim: usize) {
+        self.head_dim = head_dim;
+        for (list, n, value) in [
+            (&mut self.max, rows, f32::NEG_INFINITY),
+            (&mut self.sum, rows, 0.0),
+            (&mut self.out, rows * head_dim, 0.0),
+        ] {
+            list.clear();
+            list.resize(n, value);
+        }
     }
 
     /// Query rows.
@@ -37,9 +50,10 @@ impl State {
         self.merge_from(0, other);
     }
 
-    /// Folds a state of the rows from `first` to the end into this one.
+    /// Folds a state of some rows, which are those from `first` on here, into this one.
     pub fn merge_from(&mut self, first: usize, other: &State) {
-        assert_eq!((self.rows(), self.head_dim), (first + other.rows(), other.head_dim), "states of the same rows");
+        assert!(first + other.rows() <= self.rows(), "states of the same rows");
+        assert_eq!(self.head_dim, other.head_dim, "states of heads of one size");
         for s in 0..other.rows() {
             let r = first + s;
             let max = self.max[r].max(other.max[s]);

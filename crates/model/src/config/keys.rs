@@ -1,5 +1,7 @@
 //! Metadata by GGUF's names, in GGUF files and in `config.json`, and what of it is refused.
 
+use kvquant_kernels::rowwise::Activation;
+
 use crate::family::Family;
 use crate::gguf::Value;
 use crate::source::{Fields, Source, SourceError};
@@ -131,11 +133,19 @@ impl<'a> Keys<'a> {
             return Err(self.unsupported("quantization_config.quant_method", method, supported));
         }
         for name in ["hidden_act", "hidden_activation"] {
-            let names = self.family.activation.names();
+            let names = activation_names(self.family.activation);
             if let Some(got) = self.fields().opt_str(name)?.filter(|got| !names.contains(got)) {
                 return Err(self.unsupported(name, got, format!("{} for {}", names.join(", "), self.family.hf)));
             }
         }
         Ok(())
+    }
+}
+
+/// What configurations call it.
+fn activation_names(activation: Activation) -> &'static [&'static str] {
+    match activation {
+        Activation::Silu => &["silu", "swish"],
+        Activation::GeluTanh => &["gelu_pytorch_tanh", "gelu_new"],
     }
 }

@@ -2,7 +2,7 @@
 //! and a rope base of their own to one that sees everything.
 
 use super::{Family, Window};
-use crate::ops::Activation;
+use kvquant_kernels::rowwise::Activation;
 
 pub(super) const GEMMA3: Family = Family {
     gguf: "gemma3",
