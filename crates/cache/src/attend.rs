@@ -19,6 +19,9 @@ type Views<'a> = SmallVec<[BlockView<'a>; BLOCKS]>;
 
 /// Blocks times KV heads below which threads cost more than they bring.
 const SPLIT_FROM: usize = 12;
+/// Pieces of a head's history a thread, and parts of a piece from which its state and its merge cost little.
+const TASKS: usize = 8;
+const LEAST_PARTS: usize = 16;
 
 /// Rotations of the positions of one forward pass, computed once for all layers.
 #[derive(Debug, Default)]
@@ -148,6 +151,7 @@ impl History<'_> {
     fn attend(&self, queries: &Queries<'_>, work: &mut Work, position: usize) -> Result<(), ViewError> {
         let Work { task, state, edge } = work;
         let cx = self.layer.context();
+        let of = cx.head(task.head)?;
         let asking = Asking { head: task.head, tokens: task.tokens.clone(), position, row: 0 };
         let rows = QueryRows {
             q: queries.of(task.head, task.tokens.clone()),
@@ -161,7 +165,7 @@ impl History<'_> {
         for part in task.parts.clone() {
             let place = if part == 0 {
                 let sink = self.layer.sink();
-                let sides = sink.views(cx.channels, cx.head_dim, task.head);
+                let sides = sink.views(&of);
                 Place { sides, first: 0, len: sink.len(cx.channels), origin: self.start }
             } else {
                 let (blocks, b) = (self.layer.blocks(), part - 1);
@@ -172,7 +176,7 @@ impl History<'_> {
                     near.prefetch_index(&cx, self.kernels);
                 }
                 let first = self.sinks + (self.layer.dropped() + b) * BLOCK_TOKENS;
-                let sides = blocks[b].views(&cx, task.head)?;
+                let sides = blocks[b].views(&of)?;
                 Place { sides, first, len: blocks[b].len(cx.channels), origin: self.origins.map(|o| &o[b]) }
             };
             if place.len == 0 {
@@ -267,7 +271,12 @@ impl History<'_> {
             if tokens.len() >= BLOCK_TOKENS / 4 {
                 rows_each = tokens.len().div_ceil(pieces.min(tokens.len() / 8));
             } else {
-                parts_each = parts.div_ceil(pieces.min(parts.div_ceil(4)));
+                // Whole calls to the kernels, and small enough that no thread waits long for the last.
+                parts_each = parts
+                    .div_ceil(TASKS * threads)
+                    .max(LEAST_PARTS)
+                    .min(parts.div_ceil(pieces))
+                    .next_multiple_of(BLOCKS);
             }
         }
         let mut n = 0;
@@ -350,6 +359,7 @@ pub(crate) fn exact(
 ) -> Result<(), CacheError> {
     let cx = history.layer.context();
     history.run(queries, 0..queries.tokens, position, works, out, |Work { task, state, edge }| {
+        let of = cx.head(task.head)?;
         for (b, block) in own.iter().enumerate() {
             let first = b * BLOCK_TOKENS;
             if first >= task.tokens.end {
@@ -361,7 +371,7 @@ pub(crate) fn exact(
             let row = (from - task.tokens.start) * queries.group;
             let asking = Asking { head: task.head, tokens: from..task.tokens.end, position: position + from, row };
             let place = Place {
-                sides: block.views(&cx, task.head)?,
+                sides: block.views(&of)?,
                 first: position + first,
                 len: block.len(cx.channels),
                 origin: history.origins.map(|_| &rotations[b]),

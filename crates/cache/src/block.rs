@@ -7,7 +7,7 @@ use kvquant_quant::pack::BLOCK_TOKENS;
 use kvquant_quant::{QuantError, Side, fits_half};
 
 use crate::bytes::Bytes;
-use crate::coded::{CodedBlock, Layout, Quantizers};
+use crate::coded::{CodedBlock, HeadSide, Layout, Quantizers};
 
 /// Keys and values of tokens in fp16, token by token: `[tokens, kv_heads, head_dim]`.
 #[derive(Debug, Clone, Default)]
@@ -92,9 +92,9 @@ impl Rows {
         (wide(&self.k), wide(&self.v))
     }
 
-    pub fn views(&self, channels: usize, head_dim: usize, head: usize) -> (SideView<'_>, SideView<'_>) {
-        let side = |data| SideView::Rows { data, stride: channels, head_dim };
-        let first = (head * head_dim).min(self.v.len());
+    pub fn views(&self, of: &Head<'_>) -> (SideView<'_>, SideView<'_>) {
+        let side = |data| SideView::Rows { data, stride: of.channels, head_dim: of.head_dim };
+        let first = (of.head * of.head_dim).min(self.v.len());
         (side(&self.k[first..]), side(&self.v[first..]))
     }
 
@@ -147,6 +147,26 @@ pub(crate) struct Context<'a> {
     pub codec: Option<(&'a Layout, &'a Quantizers)>,
 }
 
+/// A KV head of a layer, as all its blocks are read.
+pub(crate) struct Head<'a> {
+    head: usize,
+    channels: usize,
+    head_dim: usize,
+    /// Keys and values; `None` for an fp16 cache.
+    coded: Option<[HeadSide<'a>; 2]>,
+}
+
+impl<'a> Context<'a> {
+    /// What is common to a head's part of every block.
+    ///
+    /// # Errors
+    /// The layer's tables do not fit its widths.
+    pub fn head(&self, head: usize) -> Result<Head<'a>, ViewError> {
+        let coded = self.codec.map(|(layout, quantizers)| layout.head(quantizers, head)).transpose()?;
+        Ok(Head { head, channels: self.channels, head_dim: self.head_dim, coded })
+    }
+}
+
 impl Block {
     /// Up to 64 tokens `[tokens, channels]` in fp16, or the one that can't be stored.
     pub fn exact(k: &[f32], v: &[f32], channels: usize) -> Result<Self, (usize, TokenError)> {
@@ -164,18 +184,15 @@ impl Block {
     }
 
     #[inline(always)]
-    pub fn views<'a>(&'a self, cx: &Context<'a>, head: usize) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
+    pub fn views<'a>(&'a self, of: &'a Head<'a>) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
         match self {
-            Block::Rows(r) => Ok(r.views(cx.channels, cx.head_dim, head)),
+            Block::Rows(r) => Ok(r.views(of)),
             Block::Tile(t) => {
-                let n = cx.head_dim * BLOCK_TOKENS;
-                let at = head * n..(head + 1) * n;
+                let n = of.head_dim * BLOCK_TOKENS;
+                let at = of.head * n..(of.head + 1) * n;
                 Ok((SideView::Tile { data: &t.k[at.clone()] }, SideView::Tile { data: &t.v[at] }))
             }
-            Block::Coded(c) => {
-                let (layout, quantizers) = cx.codec.expect("coded blocks exist only in a cache with quantizers");
-                c.views(layout, quantizers, head)
-            }
+            Block::Coded(c) => c.views(of.coded.as_ref().expect("coded blocks exist only in a cache with quantizers")),
         }
     }
 
@@ -213,7 +230,8 @@ impl Block {
         let mut tile = vec![0.0; d * BLOCK_TOKENS];
         let mut rows = Rows { k: vec![0; len * c], v: vec![0; len * c] };
         for head in 0..c / d {
-            let (k, v) = self.views(cx, head)?;
+            let of = cx.head(head)?;
+            let (k, v) = self.views(&of)?;
             for (view, to) in [(k, &mut rows.k), (v, &mut rows.v)] {
                 scalar.dequant(&view, len, &mut tile);
                 for t in 0..len {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 use kvquant_kernels::attend::{CodedView, HeadLut, Outliers, SideView, TokenScales, ViewError};
-use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, pack_unit, set_code, unit_bytes};
+use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, pack_unit, set_code, sum_of, unit_bytes};
 use kvquant_quant::{Outlier, SideQuantizer, TokenCodes};
 
 use crate::bytes::Bytes;
@@ -119,10 +119,52 @@ impl Layout {
         Layout { key, value, places, words }
     }
 
+    /// Where a head's keys and values lie in every block, and how they decode.
+    pub fn head<'a>(&'a self, q: &'a Quantizers, head: usize) -> Result<[HeadSide<'a>; 2], ViewError> {
+        let side = |l: &'a SideLayout, place: &Place, q: &'a SideQuantizer| -> Result<HeadSide<'a>, ViewError> {
+            let (lut, d) = (q.lut(), l.head_dim);
+            let of_head = head * d..(head + 1) * d;
+            let units = of_head.start / UNIT_CHANNELS..of_head.end / UNIT_CHANNELS;
+            // A scale group is the whole token (all heads read the same one) or a part of one head.
+            let group_channels = (l.groups > 0).then_some(l.group_channels.min(d));
+            let scales = group_channels.map(|g| {
+                let a_head = if l.group_channels > d { 0 } else { d / g };
+                let first = head * a_head;
+                let groups = first * BLOCK_TOKENS..(first + a_head.max(1)) * BLOCK_TOKENS;
+                let from = |start: usize| start + groups.start..start + groups.end;
+                let zero = from(place.scales.start + l.scales());
+                (from(place.scales.start), if l.zero_point { zero } else { 0..0 })
+            });
+            let tables = if lut.per_channel { of_head.clone() } else { 0..1 };
+            let (tables, steps) = (&lut.tables[tables.clone()], &lut.steps[tables]);
+            let order = lut.order.get(of_head).unwrap_or(&[]);
+            let counts = place.counts.start + units.start..place.counts.start + units.end;
+            Ok(HeadSide {
+                lut: HeadLut::new(&l.widths[units.clone()], tables, steps, order, group_channels)?,
+                codes: place.codes.start + l.starts[units.start]..place.codes.start + l.starts[units.end],
+                before: self.places[0].counts.start..counts.start,
+                counts,
+                scales,
+            })
+        };
+        Ok([side(&self.key, &self.places[0], &q.key)?, side(&self.value, &self.places[1], &q.value)?])
+    }
+
     /// Bytes of a block without its outliers.
     pub fn fixed_bytes(&self) -> usize {
         4 * self.words
     }
+}
+
+/// One side of a head: where its parts lie in a block, codes and counts in bytes, scales in halves.
+pub(crate) struct HeadSide<'a> {
+    lut: HeadLut<'a>,
+    codes: Range<usize>,
+    counts: Range<usize>,
+    /// Counts of the units before.
+    before: Range<usize>,
+    /// Scales and zero points, where tokens have them.
+    scales: Option<(Range<usize>, Range<usize>)>,
 }
 
 /// Up to 64 tokens of keys and values as codes.
@@ -167,7 +209,7 @@ impl CodedBlock {
         let fixed = fixed.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
         let block = CodedBlock { fixed, outliers: outliers.to_vec() };
         let counts = layout.places[0].counts.start..layout.places[1].counts.end;
-        let n: usize = block.bytes_of()[counts].iter().map(|&c| c as usize).sum();
+        let n = sum_of(&block.bytes_of()[counts]);
         if block.len() != len {
             return Err("it holds another number of tokens");
         }
@@ -215,7 +257,7 @@ impl CodedBlock {
     #[inline]
     fn outlier_range(&self, layout: &Layout, side: usize, units: Range<usize>) -> Range<usize> {
         let bytes = self.bytes_of();
-        let sum = |range: Range<usize>| bytes[range].iter().map(|&c| c as usize).sum::<usize>();
+        let sum = |range: Range<usize>| sum_of(&bytes[range]);
         let counts = &layout.places[side].counts;
         let keys = if side == 1 { sum(layout.places[0].counts.clone()) } else { 0 };
         let first = keys + sum(counts.start..counts.start + units.start);
@@ -387,51 +429,20 @@ impl CodedBlock {
 
     /// One head's keys and values.
     #[inline(always)]
-    pub fn views<'a>(
-        &'a self,
-        layout: &'a Layout,
-        q: &'a Quantizers,
-        head: usize,
-    ) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
-        Ok((self.view(layout, &layout.key, 0, &q.key, head)?, self.view(layout, &layout.value, 1, &q.value, head)?))
+    pub fn views<'a>(&'a self, [key, value]: &'a [HeadSide<'a>; 2]) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
+        Ok((self.view(key)?, self.view(value)?))
     }
 
     #[inline(always)]
-    fn view<'a>(
-        &'a self,
-        layout: &'a Layout,
-        l: &'a SideLayout,
-        side: usize,
-        q: &'a SideQuantizer,
-        head: usize,
-    ) -> Result<SideView<'a>, ViewError> {
-        let (place, lut, d) = (&layout.places[side], q.lut(), l.head_dim);
-        let of_head = head * d..(head + 1) * d;
-        let units = of_head.start / UNIT_CHANNELS..of_head.end / UNIT_CHANNELS;
-        let bytes = self.bytes_of();
-        let codes = &bytes[place.codes.clone()][l.starts[units.start]..l.starts[units.end]];
-        let counts = &bytes[place.counts.clone()][units.clone()];
-        let range = self.outlier_range(layout, side, units.clone());
+    fn view<'a>(&'a self, of: &'a HeadSide<'a>) -> Result<SideView<'a>, ViewError> {
+        let (bytes, halves) = (self.bytes_of(), self.halves());
+        let counts = &bytes[of.counts.clone()];
+        let first = sum_of(&bytes[of.before.clone()]);
+        let range = first..first + sum_of(counts);
         let (places, residuals) = self.outliers.split_at(self.outliers.len() / OUTLIER);
         let outliers = Outliers { counts, places: &places[range.clone()], residuals: &residuals.as_chunks().0[range] };
-        let tables = if lut.per_channel { of_head.clone() } else { 0..1 };
-        let head_lut = HeadLut {
-            widths: &l.widths[units],
-            tables: &lut.tables[tables.clone()],
-            steps: &lut.steps[tables],
-            order: lut.order.get(of_head).unwrap_or(&[]),
-        };
-        let (scale, zero) = self.halves()[place.scales.clone()].split_at(l.scales());
-        let scales = (l.groups > 0).then(|| {
-            // A scale group is the whole token (all heads read the same one) or a part of one head.
-            let group_channels = l.group_channels.min(d);
-            let a_head = if l.group_channels > d { 0 } else { d / group_channels };
-            let first = head * a_head;
-            let groups = first * BLOCK_TOKENS..(first + a_head.max(1)) * BLOCK_TOKENS;
-            let zero = if zero.is_empty() { zero } else { &zero[groups.clone()] };
-            TokenScales { scale: &scale[groups], zero, group_channels }
-        });
-        Ok(SideView::Coded(CodedView::new(d, codes, head_lut, scales, outliers)?))
+        let scales = of.scales.clone().map(|(scale, zero)| TokenScales { scale: &halves[scale], zero: &halves[zero] });
+        Ok(SideView::Coded(CodedView::new(&of.lut, &bytes[of.codes.clone()], scales, outliers)?))
     }
 
     /// The header is counted with the layer's list of blocks.

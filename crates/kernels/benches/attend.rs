@@ -52,17 +52,17 @@ impl History {
         }
     }
 
-    fn view(&self, block: usize) -> SideView<'_> {
+    fn lut(&self) -> HeadLut<'_> {
+        let group = (!self.scale.is_empty()).then_some(HEAD_DIM);
+        HeadLut::new(&self.widths, &self.tables, &self.steps, &[], group).expect("sizes follow from the widths")
+    }
+
+    fn view<'a>(&'a self, lut: &'a HeadLut<'a>, block: usize) -> SideView<'a> {
         let bytes = self.codes.len() / BLOCKS;
-        let lut = HeadLut { widths: &self.widths, tables: &self.tables, steps: &self.steps, order: &[] };
-        let scales = (!self.scale.is_empty()).then_some(TokenScales {
-            scale: &self.scale,
-            zero: &self.scale,
-            group_channels: HEAD_DIM,
-        });
+        let scales = (!self.scale.is_empty()).then_some(TokenScales { scale: &self.scale, zero: &self.scale });
         let outliers = Outliers { counts: &self.counts, places: &self.places, residuals: &self.residuals };
         let codes = &self.codes[block * bytes..(block + 1) * bytes];
-        SideView::Coded(CodedView::new(HEAD_DIM, codes, lut, scales, outliers).expect("sizes follow from the widths"))
+        SideView::Coded(CodedView::new(lut, codes, scales, outliers).expect("sizes follow from the widths"))
     }
 }
 
@@ -140,7 +140,8 @@ fn main() {
                 continue;
             }
             let (k, v) = (History::new(&[bits], false, 3), History::new(&[bits], true, 3));
-            let t = [BLOCKS, HOT].map(|n| time(kernels, n, |b| (k.view(b), v.view(b))));
+            let (k_lut, v_lut) = (k.lut(), v.lut());
+            let t = [BLOCKS, HOT].map(|n| time(kernels, n, |b| (k.view(&k_lut, b), v.view(&v_lut, b))));
             row(&name, bits as f64 + 0.36, t);
         }
         for (mean, widths) in [(4, [6u8, 4, 3, 3]), (3, [5, 3, 3, 1]), (2, [4, 2, 1, 1])] {
@@ -149,7 +150,8 @@ fn main() {
                 continue;
             }
             let (k, v) = (History::new(&widths, false, 0), History::new(&widths, false, 0));
-            let t = [BLOCKS, HOT].map(|n| time(kernels, n, |b| (k.view(b), v.view(b))));
+            let (k_lut, v_lut) = (k.lut(), v.lut());
+            let t = [BLOCKS, HOT].map(|n| time(kernels, n, |b| (k.view(&k_lut, b), v.view(&v_lut, b))));
             row(&name, mean as f64, t);
         }
     }

@@ -26,6 +26,13 @@ pub const MAX_BITS: u32 = 7;
 /// Bits of a code that the first plane holds.
 pub const LOW_BITS: u32 = 4;
 
+/// The sum of counts.
+#[inline]
+pub fn sum_of(counts: &[u8]) -> usize {
+    // 16-bit sums of at most 256 bytes, which compilers form 8 or 16 at a time.
+    counts.chunks(256).map(|some| some.iter().map(|&n| n as u16).sum::<u16>() as usize).sum()
+}
+
 /// Bytes of a unit of `bits`-bit codes.
 pub const fn unit_bytes(bits: u32) -> usize {
     VECTOR * bits as usize

@@ -45,7 +45,7 @@ fn dequant_coded(v: &CodedView<'_>, len: usize, tile: &mut [f32]) {
                 tile[c * TOKENS + t] = match &v.scales {
                     None => x,
                     Some(s) => {
-                        let at = c / s.group_channels * TOKENS + t;
+                        let at = c / v.group_channels() * TOKENS + t;
                         let zero = if s.zero.is_empty() { 0.0 } else { half(s.zero[at]) };
                         half(s.scale[at]) * x + zero
                     }

@@ -181,21 +181,26 @@ impl Owned {
         o
     }
 
-    fn view(&self) -> SideView<'_> {
-        let scales = (self.group > 0).then_some(TokenScales {
-            scale: &self.halves,
-            zero: &self.zero,
-            group_channels: self.group,
-        });
+    fn view<'a>(&'a self, lut: &'a Option<HeadLut<'a>>) -> SideView<'a> {
+        let scales = (self.group > 0).then_some(TokenScales { scale: &self.halves, zero: &self.zero });
         match self.form {
             Form::Rows => SideView::Rows { data: &self.halves, stride: self.d, head_dim: self.d },
             Form::Tile => SideView::Tile { data: &self.halves },
-            _ => SideView::Coded(CodedView::new(self.d, &self.codes, self.lut(), scales, self.outliers()).unwrap()),
+            _ => {
+                let lut = lut.as_ref().expect("coded");
+                SideView::Coded(CodedView::new(lut, &self.codes, scales, self.outliers()).unwrap())
+            }
         }
     }
 
-    fn lut(&self) -> HeadLut<'_> {
-        HeadLut { widths: &self.widths, tables: &self.tables, steps: &self.steps, order: &self.order }
+    /// None for fp16.
+    fn lut(&self) -> Option<HeadLut<'_>> {
+        (!self.widths.is_empty()).then(|| self.checked_lut().unwrap())
+    }
+
+    fn checked_lut(&self) -> Result<HeadLut<'_>, ViewError> {
+        let group = (self.group > 0).then_some(self.group);
+        HeadLut::new(&self.widths, &self.tables, &self.steps, &self.order, group)
     }
 
     fn outliers(&self) -> Outliers<'_> {
@@ -214,7 +219,8 @@ fn dequant_is_bit_exact_and_follows_the_layout() {
         for (d, len) in [(4, 1), (64, 64), (80, 63), (96, 9), (128, 8), (256, 31)] {
             let side = Owned::new(&mut n, form, d, len, 3.0, 9);
             let mut want = vec![0.0; d * 64];
-            Kernels::available()[0].dequant(&side.view(), len, &mut want);
+            let lut = side.lut();
+            Kernels::available()[0].dequant(&side.view(&lut), len, &mut want);
             for c in 0..d {
                 for t in 0..64 {
                     let exact = if t < len { side.at(c, t) } else { 0.0 };
@@ -224,7 +230,7 @@ fn dequant_is_bit_exact_and_follows_the_layout() {
             }
             for kernels in Kernels::available() {
                 let mut got = vec![f32::NAN; d * 64];
-                kernels.dequant(&side.view(), len, &mut got);
+                kernels.dequant(&side.view(&lut), len, &mut got);
                 let same = got.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits() || (*a == 0.0 && *b == 0.0));
                 assert!(same, "{} {form:?} head_dim {d} len {len}", kernels.name());
             }
@@ -291,7 +297,9 @@ fn check(
     let visible = n.below(len + 1);
     let pre = n.below(4) > 0;
     let rotation = rope.rotation(origin);
-    let block = BlockView::new(key.view(), value.view(), len, pre.then_some(&rotation)).unwrap();
+    let luts = (key.lut(), value.lut());
+    let (key_view, value_view) = (key.view(&luts.0), value.view(&luts.1));
+    let block = BlockView::new(key_view, value_view, len, pre.then_some(&rotation)).unwrap();
     let query = Rows { q: &q, group, head_dim: d, first_visible: visible };
     let mut state = State::empty(rows, d);
     kernels.attend(&query, &block, &rope.block_table(), &mut state);
@@ -370,7 +378,8 @@ fn states_of_parts_merge_to_the_whole() {
         let rows = Rows { q: &q, group: 3, head_dim: 64, first_visible: 64 };
         let (mut whole, mut merged) = (State::empty(3, 64), State::empty(3, 64));
         for (k, v) in sides.iter().rev() {
-            let block = BlockView::new(k.view(), v.view(), 64, None).unwrap();
+            let luts = (k.lut(), v.lut());
+            let block = BlockView::new(k.view(&luts.0), v.view(&luts.1), 64, None).unwrap();
             kernels.attend(&rows, &block, &table, &mut whole);
             let mut part = State::empty(3, 64);
             kernels.attend(&rows, &block, &table, &mut part);
@@ -393,22 +402,28 @@ fn parts_that_do_not_fit_are_refused() {
     let refused = |change: fn(&mut Owned), part: &str| {
         let mut o = Owned::new(&mut Noise(1), Form::Mixed, 8, 64, 1.0, 3);
         change(&mut o);
-        let e = CodedView::new(o.d, &o.codes, o.lut(), None, o.outliers()).unwrap_err();
-        assert_eq!(e.part, part);
+        let e = o.checked_lut().and_then(|lut| CodedView::new(&lut, &o.codes, None, o.outliers()).map(|_| ()));
+        assert_eq!(e.unwrap_err().part, part);
     };
-    assert!(CodedView::new(8, &good.codes, good.lut(), None, good.outliers()).is_ok());
+    let lut = good.lut().unwrap();
+    assert!(CodedView::new(&lut, &good.codes, None, good.outliers()).is_ok());
     refused(|o| o.codes.push(0), "codes");
     refused(|o| o.widths[0] = 8, "bits (0 to 7)");
-    refused(|o| o.widths.truncate(1), "widths");
+    refused(|o| o.widths.truncate(1), "tables");
+    refused(|o| o.counts.truncate(1), "outlier counts");
     refused(|o| o.tables.truncate(7), "tables");
     refused(|o| o.order[0] = 8, "order (channels of the head)");
     refused(|o| o.counts[0] += 1, "outliers");
     refused(|o| o.residuals.push([0; 2]), "residuals");
-    let lut = HeadLut { order: &[], tables: &good.tables[..1], steps: &good.steps[..1], ..good.lut() };
-    let scales = TokenScales { scale: &[0; 63], zero: &[], group_channels: 8 };
-    assert_eq!(CodedView::new(8, &good.codes, lut, Some(scales), good.outliers()).unwrap_err().part, "scale");
-    let scales = TokenScales { scale: &[0; 64], zero: &[], group_channels: 6 };
-    assert!(CodedView::new(8, &good.codes, lut, Some(scales), good.outliers()).is_err());
+    let scaled = |group| HeadLut::new(&good.widths, &good.tables[..1], &good.steps[..1], &[], Some(group));
+    assert_eq!(scaled(6).unwrap_err().part, "channels of a scale group");
+    let lut = scaled(8).unwrap();
+    for (scale, zero, part) in [(63, 0, "scale"), (64, 63, "zero")] {
+        let scales = TokenScales { scale: &[0; 64][..scale], zero: &[0; 64][..zero] };
+        let e = CodedView::new(&lut, &good.codes, Some(scales), good.outliers()).unwrap_err();
+        assert_eq!(e.part, part);
+    }
+    assert_eq!(CodedView::new(&lut, &good.codes, None, good.outliers()).unwrap_err().part, "scale");
     let tile = [0u16; 8 * 64];
     let (a, b) = (SideView::Tile { data: &tile }, SideView::Tile { data: &tile[..4 * 64] });
     assert!(BlockView::new(a, b, 64, None).is_err());
@@ -425,6 +440,7 @@ fn blocks_together_are_blocks_one_by_one() {
         let forms = [Form::Token(3, 0, true), Form::Token(3, 16, true), Form::Static(4), Form::Mixed, Form::Tile];
         let keys: Vec<_> = forms.map(|_| Owned::new(&mut n, Form::Static(3), 64, 64, 2.0, 6)).into();
         let values: Vec<_> = forms.map(|form| Owned::new(&mut n, form, 64, 64, 2.0, 6)).into();
+        let luts: Vec<_> = keys.iter().map(Owned::lut).zip(values.iter().map(Owned::lut)).collect();
         for rows in [1, 3, 7, 16] {
             let q = n.vec(rows * 64, 0.3);
             let rows = Rows { q: &q, group: rows, head_dim: 64, first_visible: 64 };
@@ -432,7 +448,8 @@ fn blocks_together_are_blocks_one_by_one() {
             let rotations: Vec<_> = (0..order.len()).map(|b| rope.rotation(64 * b)).collect();
             let block = |(b, rotation)| {
                 let b: usize = b;
-                BlockView::new(keys[b].view(), values[b].view(), 64, Some(rotation)).unwrap()
+                let (key, value) = (keys[b].view(&luts[b].0), values[b].view(&luts[b].1));
+                BlockView::new(key, value, 64, Some(rotation)).unwrap()
             };
             let blocks: Vec<_> = order.into_iter().zip(&rotations).map(block).collect();
             let (mut one_by_one, mut together) = (State::empty(rows.len(), 64), State::empty(rows.len(), 64));

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use kvquant_quant::Table;
-use kvquant_quant::pack::{BLOCK_TOKENS, MAX_BITS, UNIT_CHANNELS, VECTOR, unit_bytes};
+use kvquant_quant::pack::{BLOCK_TOKENS, MAX_BITS, UNIT_CHANNELS, VECTOR, sum_of, unit_bytes};
 
 use crate::rope::Rotation;
 
@@ -29,17 +29,64 @@ fn expect(part: &'static str, expected: usize, got: usize) -> Result<(), ViewErr
     if expected == got { Ok(()) } else { Err(ViewError { part, expected, got }) }
 }
 
-/// How one head's side decodes; a part of [`kvquant_quant::Lut`].
+/// How one head's side decodes, the same in every block: a part of [`kvquant_quant::Lut`], checked once.
 #[derive(Debug, Clone, Copy)]
 pub struct HeadLut<'a> {
     /// Bits of the codes of each unit `[head_dim / 4]`.
-    pub widths: &'a [u8],
+    pub(super) widths: &'a [u8],
     /// By place `[head_dim]`; one for all where tokens have scales.
-    pub tables: &'a [Table],
+    pub(super) tables: &'a [Table],
     /// Likewise. Both channels of a pair of keys share a step.
-    pub steps: &'a [f32],
+    pub(super) steps: &'a [f32],
     /// The channel that each place holds `[head_dim]`; empty where they are the same.
-    pub order: &'a [u16],
+    pub(super) order: &'a [u16],
+    /// Channels that share a per-token scale; none where scales are static.
+    group_channels: Option<usize>,
+    /// Bytes of a block's codes.
+    code_bytes: usize,
+}
+
+impl<'a> HeadLut<'a> {
+    /// Binds the parts: `tables`, `steps` and `order` by place `[head_dim]`, where no `order` is the channels' own and one
+    /// table serves all where tokens have scales, one for each `group_channels` channels.
+    ///
+    /// # Errors
+    /// A part's size does not follow from the `widths` `[head_dim / 4]`.
+    pub fn new(
+        widths: &'a [u8],
+        tables: &'a [Table],
+        steps: &'a [f32],
+        order: &'a [u16],
+        group_channels: Option<usize>,
+    ) -> Result<Self, ViewError> {
+        let head_dim = widths.len() * UNIT_CHANNELS;
+        if let Some(&b) = widths.iter().find(|&&b| b as u32 > MAX_BITS) {
+            return Err(ViewError { part: "bits (0 to 7)", expected: MAX_BITS as usize, got: b as usize });
+        }
+        expect("tables", if group_channels.is_some() { 1 } else { head_dim }, tables.len())?;
+        expect("steps", tables.len(), steps.len())?;
+        if !order.is_empty() {
+            expect("order", head_dim, order.len())?;
+            if order.iter().any(|&c| c as usize >= head_dim) {
+                return Err(ViewError { part: "order (channels of the head)", expected: head_dim, got: head_dim + 1 });
+            }
+        }
+        if let Some(group) = group_channels {
+            if group == 0 || !group.is_multiple_of(UNIT_CHANNELS) || !head_dim.is_multiple_of(group) {
+                return Err(ViewError { part: "channels of a scale group", expected: head_dim, got: group });
+            }
+            if !order.is_empty() && group != head_dim {
+                return Err(ViewError { part: "scale group of reordered channels", expected: head_dim, got: group });
+            }
+        }
+        let code_bytes = widths.iter().map(|&b| unit_bytes(b as u32)).sum();
+        Ok(HeadLut { widths, tables, steps, order, group_channels, code_bytes })
+    }
+
+    /// Channels of the head.
+    pub fn head_dim(&self) -> usize {
+        self.widths.len() * UNIT_CHANNELS
+    }
 }
 
 /// Scales of the tokens of a block. A dense value is `scale * lut + zero`.
@@ -49,8 +96,6 @@ pub struct TokenScales<'a> {
     pub scale: &'a [u16],
     /// fp16 bits `[groups, 64]`; empty where scales have no zero point.
     pub zero: &'a [u16],
-    /// Channels of this head that share a scale (`head_dim` when the whole token does).
-    pub group_channels: usize,
 }
 
 /// Values kept apart, unit by unit.
@@ -74,9 +119,8 @@ pub struct Outliers<'a> {
 /// ```
 #[derive(Debug, Clone, Copy)]
 pub struct CodedView<'a> {
-    pub(super) head_dim: usize,
+    pub(super) lut: &'a HeadLut<'a>,
     pub(super) codes: &'a [u8],
-    pub(super) lut: HeadLut<'a>,
     pub(super) scales: Option<TokenScales<'a>>,
     pub(super) outliers: Outliers<'a>,
 }
@@ -95,47 +139,32 @@ impl<'a> CodedView<'a> {
     /// Binds the parts.
     ///
     /// # Errors
-    /// A part's size does not follow from the widths, `head_dim` and the outlier counts.
+    /// A part's size does not follow from the head's widths and groups, and the outlier counts.
     #[inline]
     pub fn new(
-        head_dim: usize,
+        lut: &'a HeadLut<'a>,
         codes: &'a [u8],
-        lut: HeadLut<'a>,
         scales: Option<TokenScales<'a>>,
         outliers: Outliers<'a>,
     ) -> Result<Self, ViewError> {
-        let units = head_dim / UNIT_CHANNELS;
-        expect("head_dim (a multiple of 4)", units * UNIT_CHANNELS, head_dim)?;
-        expect("widths", units, lut.widths.len())?;
-        if let Some(&b) = lut.widths.iter().find(|&&b| b as u32 > MAX_BITS) {
-            return Err(ViewError { part: "bits (0 to 7)", expected: MAX_BITS as usize, got: b as usize });
+        expect("codes", lut.code_bytes, codes.len())?;
+        let groups = lut.group_channels.map_or(0, |g| lut.head_dim() / g);
+        expect("scale", groups * TOKENS, scales.map_or(0, |s| s.scale.len()))?;
+        if let Some(s) = scales
+            && !s.zero.is_empty()
+        {
+            expect("zero", s.scale.len(), s.zero.len())?;
         }
-        expect("codes", lut.widths.iter().map(|&b| unit_bytes(b as u32)).sum(), codes.len())?;
-        expect("tables", if scales.is_some() { 1 } else { head_dim }, lut.tables.len())?;
-        expect("steps", lut.tables.len(), lut.steps.len())?;
-        if !lut.order.is_empty() {
-            expect("order", head_dim, lut.order.len())?;
-            if lut.order.iter().any(|&c| c as usize >= head_dim) {
-                return Err(ViewError { part: "order (channels of the head)", expected: head_dim, got: head_dim + 1 });
-            }
-        }
-        if let Some(s) = scales {
-            let group = s.group_channels;
-            if group == 0 || !group.is_multiple_of(UNIT_CHANNELS) || !head_dim.is_multiple_of(group) {
-                return Err(ViewError { part: "channels of a scale group", expected: head_dim, got: group });
-            }
-            if !lut.order.is_empty() && group != head_dim {
-                return Err(ViewError { part: "scale group of reordered channels", expected: head_dim, got: group });
-            }
-            expect("scale", head_dim / group * TOKENS, s.scale.len())?;
-            if !s.zero.is_empty() {
-                expect("zero", s.scale.len(), s.zero.len())?;
-            }
-        }
-        expect("outlier counts", units, outliers.counts.len())?;
-        expect("outliers", outliers.counts.iter().map(|&c| c as usize).sum(), outliers.places.len())?;
+        expect("outlier counts", lut.widths.len(), outliers.counts.len())?;
+        expect("outliers", sum_of(outliers.counts), outliers.places.len())?;
         expect("residuals", outliers.places.len(), outliers.residuals.len())?;
-        Ok(CodedView { head_dim, codes, lut, scales, outliers })
+        Ok(CodedView { lut, codes, scales, outliers })
+    }
+
+    /// Channels of the head.
+    #[inline(always)]
+    pub(super) fn head_dim(&self) -> usize {
+        self.lut.head_dim()
     }
 
     /// Each unit's width and codes.
@@ -170,17 +199,14 @@ impl<'a> CodedView<'a> {
 
     /// Whether the other decodes by the very same tables and groups.
     pub(super) fn decodes_as(&self, other: &Self) -> bool {
-        let groups = |v: &Self| v.scales.map(|s| (s.group_channels, s.zero.is_empty()));
-        std::ptr::eq(self.lut.tables, other.lut.tables)
-            && std::ptr::eq(self.lut.steps, other.lut.steps)
-            && std::ptr::eq(self.lut.widths, other.lut.widths)
-            && std::ptr::eq(self.lut.order, other.lut.order)
-            && groups(self) == groups(other)
+        let has_zero = |v: &Self| v.scales.is_some_and(|s| !s.zero.is_empty());
+        std::ptr::eq(self.lut, other.lut) && has_zero(self) == has_zero(other)
     }
 
     /// Channels that share a per-token scale, or a part of the work: all of the head where scales are static.
+    #[inline(always)]
     pub(super) fn group_channels(&self) -> usize {
-        self.scales.map_or(self.head_dim, |s| s.group_channels)
+        self.lut.group_channels.unwrap_or(self.head_dim())
     }
 
     /// The table and step of a place.
@@ -247,7 +273,7 @@ impl SideView<'_> {
         match self {
             SideView::Rows { head_dim, .. } => *head_dim,
             SideView::Tile { data } => data.len() / TOKENS,
-            SideView::Coded(c) => c.head_dim,
+            SideView::Coded(c) => c.head_dim(),
         }
     }
 
@@ -263,7 +289,7 @@ impl SideView<'_> {
                 Ok(())
             }
             SideView::Tile { data } => expect("tile", head_dim * TOKENS, data.len()),
-            SideView::Coded(c) => expect("head_dim of codes", head_dim, c.head_dim),
+            SideView::Coded(c) => expect("head_dim of codes", head_dim, c.head_dim()),
         }
     }
 }

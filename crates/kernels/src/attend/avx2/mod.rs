@@ -83,7 +83,9 @@ pub(super) fn prefetch(block: &BlockView<'_>) {
 pub(super) fn prefetch_lines<T>(of: &[T]) {
     const LINE: usize = 64;
     let first: *const i8 = of.as_ptr().cast();
-    for at in (0..size_of_val(of)).step_by(LINE) {
+    let bytes = size_of_val(of);
+    // A slice begins anywhere in a line: its last byte may lie in one more than its length says.
+    for at in (0..bytes).step_by(LINE).chain(bytes.checked_sub(1)) {
         // SAFETY: the address lies in the slice; a prefetch changes nothing that a program can see. SSE is part of x86-64.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(first.add(at)) };
     }

@@ -274,7 +274,7 @@ pub(in super::super) fn mix<const R: usize>(
         s.list.fill(v);
         side_by_side::<R>(std::array::from_fn(|r| &weights.row(b, r)[..]), &mut s.tokens);
         let tokens = &s.tokens[..];
-        assert!(tokens.len() >= TOKENS && sums.len() >= v.head_dim);
+        assert!(tokens.len() >= TOKENS && sums.len() >= v.head_dim());
         for (c, t, residual) in s.list.each() {
             // SAFETY: c < head_dim and t < 64 (`List::fill`); the sizes were checked above.
             let (x, sum) = unsafe { (tokens.get_unchecked(t), sums.get_unchecked_mut(c)) };

@@ -171,7 +171,7 @@ pub(super) fn dequant(v: &CodedView<'_>, tile: &mut [f32]) {
     if let Some(s) = &v.scales {
         // Product and sum are rounded one by one, as the twin does.
         for (c, row) in rows.iter_mut().enumerate() {
-            let at = c / s.group_channels * TOKENS;
+            let at = c / v.group_channels() * TOKENS;
             for (i, x) in row.as_chunks_mut::<8>().0.iter_mut().enumerate() {
                 let eight = |from: &[u16]| from[at + 8 * i..].first_chunk().map_or(_mm256_setzero_ps(), |e| halves(e));
                 let scaled = _mm256_mul_ps(eight(s.scale), load(x));
