@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use kvquant_cache::{Cache, CacheShape, Prefill};
 use kvquant_kernels::rope::Rope;
-use kvquant_quant::{Quantizer, Spec};
+use kvquant_quant::{Quantizer, SideFit, Spec};
 use rand::{Rng, SeedableRng};
 
 /// The shape that the quantizer file is for.
@@ -36,16 +36,35 @@ fn main() {
         let mut cache = Cache::new(SHAPE, &parsed, Some(&quantizer), rope.clone()).expect("a fit for the spec");
         let n = depth.min(1024);
         for layer in 0..SHAPE.layers {
-            let (mut k, v) = (noise(n * 192), noise(n * 192));
-            // About as many outliers as real keys have; none with mixed widths, whose ranges lie in other axes.
-            match quantizer.fit(&parsed).ok().map(|f| &f.layers[layer].keys) {
-                Some(fit) if fit.mixed.is_none() => {
-                    for (i, x) in k.iter_mut().enumerate() {
-                        let (low, high) = (fit.lower[i % 192], fit.upper[i % 192]);
-                        *x = (low + high) / 2.0 + *x / 1.8 * (high - low) / 2.0;
+            let (mut k, mut v) = (noise(n * 192), noise(n * 192));
+            if let Ok(fit) = quantizer.fit(&parsed).map(|f| &f.layers[layer]) {
+                // About as many outliers as real keys have.
+                let middle =
+                    |of: &SideFit| -> Vec<f32> { of.lower.iter().zip(&of.upper).map(|(l, u)| (l + u) / 2.0).collect() };
+                let (keys, values) = (middle(&fit.keys), middle(&fit.values));
+                match (&fit.keys.mixed, &fit.values.mixed) {
+                    (Some(of_keys), Some(of_values)) => {
+                        for (i, x) in k.iter_mut().enumerate() {
+                            let (c, at) = (i % 192, i % 192 / 2 * 2);
+                            let (sin, cos) = of_keys.transform[c / 2].sin_cos();
+                            let turned = [keys[at] * cos + keys[at + 1] * sin, keys[at + 1] * cos - keys[at] * sin];
+                            *x = turned[c % 2] + *x * 0.01;
+                        }
+                        for (i, x) in v.iter_mut().enumerate() {
+                            let (head, c) = (i % 192 / 64, i % 64);
+                            let back = |axis: usize| {
+                                of_values.transform[(head * 64 + axis) * 64 + c] * values[head * 64 + axis]
+                            };
+                            *x = (0..64).map(back).sum::<f32>() + *x * 0.001;
+                        }
+                    }
+                    _ => {
+                        for (i, x) in k.iter_mut().enumerate() {
+                            let half = (fit.keys.upper[i % 192] - fit.keys.lower[i % 192]) / 2.0;
+                            *x = keys[i % 192] + *x / 1.8 * half;
+                        }
                     }
                 }
-                _ => k.iter_mut().for_each(|x| *x *= 0.01),
             }
             cache.append(layer, &k, &v).expect("numbers that fit");
         }

@@ -188,15 +188,14 @@ impl History<'_> {
                 continue;
             }
             next.push(BlockView::new(place.sides.0, place.sides.1, place.len, place.origin)?);
-            self.kernels.prefetch(&next[next.len() - 1]);
             if next.len() == BLOCKS {
-                self.kernels.attend_all(&rows, now, self.table, state);
+                self.kernels.attend_all(&rows, now, next, self.table, state);
                 std::mem::swap(&mut now, &mut next);
                 next.clear();
             }
         }
-        self.kernels.attend_all(&rows, now, self.table, state);
-        self.kernels.attend_all(&rows, next, self.table, state);
+        self.kernels.attend_all(&rows, now, next, self.table, state);
+        self.kernels.attend_all(&rows, next, &[], self.table, state);
         Ok(())
     }
 

@@ -88,9 +88,8 @@ fn time<'a>(kernels: Kernels, distinct: usize, block: impl Fn(usize) -> (SideVie
             next.clear();
             for b in first + AT_ONCE..first + 2 * AT_ONCE {
                 next.push(view(b));
-                kernels.prefetch(&next[next.len() - 1]);
             }
-            kernels.attend_all(&rows, &now, &table, &mut state);
+            kernels.attend_all(&rows, &now, &next, &table, &mut state);
         }
         black_box(&state);
         best = best.min(start.elapsed().as_secs_f64() / blocks as f64);

@@ -100,15 +100,6 @@ impl Kernels {
         }
     }
 
-    /// Asks for a block's bytes, before their turn: blocks lie apart, where the CPU does not look ahead by itself.
-    pub fn prefetch(self, block: &BlockView<'_>) {
-        match self.0 {
-            Backend::Scalar => {}
-            #[cfg(target_arch = "x86_64")]
-            Backend::Avx2 | Backend::Avx512 => avx2::prefetch(block),
-        }
-    }
-
     /// Asks for some bytes.
     pub fn prefetch_bytes<T>(self, of: &[T]) {
         match self.0 {
@@ -124,12 +115,19 @@ impl Kernels {
     ///
     /// `table` is the rotation inside a block; it is used where the block's keys are kept before RoPE.
     pub fn attend(self, rows: &Rows<'_>, block: &BlockView<'_>, table: &BlockTable, state: &mut State) {
-        self.attend_all(rows, std::slice::from_ref(block), table, state);
+        self.attend_all(rows, std::slice::from_ref(block), &[], table, state);
     }
 
     /// Attends with `rows` to some blocks, to each as [`Kernels::attend`] does; `first_visible` counts in each of them.
-    /// [`BLOCKS`] at a time keep a CPU busy; more only take memory.
-    pub fn attend_all(self, rows: &Rows<'_>, blocks: &[BlockView<'_>], table: &BlockTable, state: &mut State) {
+    /// [`BLOCKS`] at a time keep a CPU busy; more only take memory. Those that come `next`, as many, are asked for meanwhile.
+    pub fn attend_all(
+        self,
+        rows: &Rows<'_>,
+        blocks: &[BlockView<'_>],
+        next: &[BlockView<'_>],
+        table: &BlockTable,
+        state: &mut State,
+    ) {
         blocks.iter().for_each(|block| rows.check(block, state));
         if rows.is_empty() || blocks.is_empty() {
             return;
@@ -138,10 +136,10 @@ impl Kernels {
             Backend::Scalar => blocks.iter().for_each(|block| scalar::attend(rows, block, table, state)),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a Kernels value with this backend exists only where AVX2, FMA and F16C were detected.
-            Backend::Avx2 => unsafe { avx2::attend::<false>(rows, blocks, table, state) },
+            Backend::Avx2 => unsafe { avx2::attend::<false>(rows, blocks, next, table, state) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a Kernels value with this backend exists only where all that it names was detected.
-            Backend::Avx512 => unsafe { avx2::attend::<true>(rows, blocks, table, state) },
+            Backend::Avx512 => unsafe { avx2::attend::<true>(rows, blocks, next, table, state) },
         }
     }
 }

@@ -5,6 +5,7 @@ use std::cell::RefCell;
 
 use super::super::view::{CodedView, TOKENS};
 use super::super::{BLOCKS, BlockView, Rows, SideView, State, avx512};
+use super::ahead::Ahead;
 use super::{float, mix, outliers, score, softmax};
 use crate::rope::{BlockTable, Rotation};
 
@@ -45,8 +46,9 @@ pub(in super::super) struct Scratch {
     pub local: Vec<f32>,
     /// Integer queries `[rows, head_dim / 2]`, a pair of 16-bit channels each.
     pub pairs: Vec<i32>,
-    /// Keys as signposts `[head_dim]`, and their steps.
+    /// Keys as signposts `[head_dim]`.
     pub signposts: Vec<Signs>,
+    /// Steps of keys by channel, where the blocks' places have another order.
     pub steps: Vec<f32>,
     /// Turned keys (see [`score`]).
     pub keys: Vec<Line>,
@@ -69,11 +71,12 @@ thread_local! {
 pub(super) unsafe fn attend<const WIDE: bool>(
     rows: &Rows<'_>,
     blocks: &[BlockView<'_>],
+    next: &[BlockView<'_>],
     table: &BlockTable,
     state: &mut State,
 ) {
     // SAFETY: passed on.
-    SCRATCH.with_borrow_mut(|scratch| unsafe { with::<WIDE>(scratch, rows, blocks, table, state) });
+    SCRATCH.with_borrow_mut(|scratch| unsafe { with::<WIDE>(scratch, rows, blocks, next, table, state) });
 }
 
 /// Scores of all blocks, then their probabilities, then their outputs: what one block waits for, another has.
@@ -85,6 +88,7 @@ unsafe fn with<const WIDE: bool>(
     s: &mut Scratch,
     rows: &Rows<'_>,
     blocks: &[BlockView<'_>],
+    next: &[BlockView<'_>],
     table: &BlockTable,
     state: &mut State,
 ) {
@@ -92,6 +96,7 @@ unsafe fn with<const WIDE: bool>(
     let mut weights = std::mem::take(&mut s.weights);
     weights.resize(blocks.len() * n, [0.0; TOKENS]);
     s.local.resize(n * d, 0.0);
+    let mut before = None;
     for (b, (block, scores)) in blocks.iter().zip(weights.chunks_exact_mut(n)).enumerate() {
         match block.origin {
             Some(origin) => {
@@ -102,17 +107,27 @@ unsafe fn with<const WIDE: bool>(
             None => s.local.copy_from_slice(rows.q),
         }
         let turn = block.origin.map(|_| table);
+        if let SideView::Coded(v) = &block.key
+            && !before.is_some_and(|before: &CodedView<'_>| before.decodes_as(v))
+        {
+            score::steps_by_channel(v, &mut s.steps);
+            before = Some(v);
+        }
+        let mut ahead = Ahead::of(next.get(b).map(|next| &next.key));
         match &block.key {
             // SAFETY: passed on.
-            SideView::Coded(v) if v.scales.is_none() && WIDE => unsafe { avx512::score(s, d, v, turn, scores) },
-            SideView::Coded(v) if v.scales.is_none() => score::coded(s, d, v, turn, scores),
+            SideView::Coded(v) if v.scales.is_none() && WIDE => unsafe {
+                avx512::score(s, d, v, turn, &mut ahead, scores)
+            },
+            SideView::Coded(v) if v.scales.is_none() => score::coded(s, d, v, turn, &mut ahead, scores),
             SideView::Tile { data } if WIDE => {
-                let next = blocks.get(b + 1).map_or(&blocks[0].value, |next| &next.key);
+                let behind = blocks.get(b + 1).map_or(&blocks[0].value, |behind| &behind.key);
                 // SAFETY: passed on.
-                unsafe { avx512::tile::score(&s.local, d, data, turn, tile_of(next), scores) };
+                unsafe { avx512::tile::score(&s.local, d, data, turn, tile_of(behind), scores) };
             }
             side => float::score(s, d, side, block.len, turn, scores),
         }
+        ahead.rest();
         for (r, row) in scores.iter_mut().enumerate() {
             row[rows.visible(r, block.len)..].fill(f32::NEG_INFINITY);
         }
@@ -138,12 +153,16 @@ unsafe fn with<const WIDE: bool>(
             together += 1;
         }
         let (now, later) = rest.1.split_at(together.max(1) * n);
+        let done = blocks.len() - rest.0.len();
+        let mut ahead: [_; BLOCKS] = std::array::from_fn(|i| {
+            Ahead::of(next.get(done + i).filter(|_| i < together.max(1)).map(|next| &next.value))
+        });
         match coded {
             [None, ..] => match &first.value {
                 SideView::Tile { data } if WIDE => {
-                    let next = rest.0.get(1).and_then(|next| tile_of(&next.value));
+                    let behind = rest.0.get(1).and_then(|behind| tile_of(&behind.value));
                     // SAFETY: passed on.
-                    unsafe { avx512::tile::mix(now, d, data, next, &mut state.out) };
+                    unsafe { avx512::tile::mix(now, d, data, behind, &mut state.out) };
                 }
                 side => float::mix(now, &mut s.tile, d, side, first.len, &mut state.out),
             },
@@ -152,12 +171,13 @@ unsafe fn with<const WIDE: bool>(
                 let views = &views[..together];
                 if WIDE {
                     // SAFETY: passed on.
-                    unsafe { avx512::mix(s, views, now, d, &mut state.out) };
+                    unsafe { avx512::mix(s, views, now, d, &mut ahead, &mut state.out) };
                 } else {
-                    mix::coded(s, views, now, d, &mut state.out);
+                    mix::coded(s, views, now, d, &mut ahead, &mut state.out);
                 }
             }
         }
+        ahead.iter_mut().for_each(Ahead::rest);
         rest = (&rest.0[together.max(1)..], later);
     }
     s.weights = weights;

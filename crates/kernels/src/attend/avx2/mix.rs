@@ -12,6 +12,7 @@ use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::BLOCKS;
 use super::super::view::{CodedView, Run, TOKENS};
+use super::ahead::{Ahead, lines_a_unit};
 use super::decode::{ByBlock, ROWS, Row, Scratch};
 use super::outliers::mix as outliers_of;
 use super::unpack::{by_rows, by_width};
@@ -76,6 +77,7 @@ macro_rules! mix_passes {
             blocks: &[CodedView<'_>],
             weights: &[Row],
             d: usize,
+            ahead: &mut [Ahead<'_>; BLOCKS],
             out: &mut [f32],
         ) {
             let n = weights.len() / blocks.len();
@@ -84,7 +86,7 @@ macro_rules! mix_passes {
             while first < n {
                 let (count, out) = (ROWS.min(n - first), &mut out[first * d..]);
                 let weights = ByBlock { rows: &weights[first..], step: n };
-                by_rows!(count, rows::<_>(blocks, weights, d, &mut s.sums, out));
+                by_rows!(count, rows::<_>(blocks, weights, d, ahead, &mut s.sums, out));
                 by_rows!(count, outliers_of::<_>(&mut s.outliers, blocks, weights, d, out));
                 first += ROWS;
             }
@@ -95,6 +97,7 @@ macro_rules! mix_passes {
             blocks: &[CodedView<'_>],
             weights: ByBlock<'_>,
             d: usize,
+            ahead: &mut [Ahead<'_>; BLOCKS],
             sums: &mut [i32],
             out: &mut [f32],
         ) {
@@ -121,7 +124,7 @@ macro_rules! mix_passes {
                 let group = first / UNIT_CHANNELS..(first + group_channels) / UNIT_CHANNELS;
                 for run in v.runs() {
                     let range = run.units.start.max(group.start)..run.units.end.min(group.end);
-                    by_width!(run, by_units::<_, R>(blocks, &run, range, &ints, d, sums));
+                    by_width!(run, by_units::<_, R>(blocks, &run, range, &ints, d, ahead, sums));
                 }
                 for r in 0..R {
                     let places = r * d + first..r * d + first + group_channels;
@@ -188,6 +191,7 @@ fn by_units<const B: u32, const R: usize>(
     range: Range<usize>,
     ints: &[[Integers; R]; BLOCKS],
     d: usize,
+    ahead: &mut [Ahead<'_>; BLOCKS],
     sums: &mut [i32],
 ) {
     let mut u = range.start;
@@ -197,7 +201,10 @@ fn by_units<const B: u32, const R: usize>(
         let mut halves = [[_mm256_setzero_si256(); R]; 2];
         for p in 0..2 {
             let mut two = [[_mm256_setzero_si256(); R]; 2];
-            for (block, ints) in blocks.iter().zip(ints) {
+            for ((block, ints), ahead) in blocks.iter().zip(ints).zip(&mut *ahead) {
+                if p == 0 {
+                    ahead.lines(lines_a_unit(B));
+                }
                 let [low, high] = unpack::codes::<B>(&block.vectors_of(run)[unit..][..B as usize]);
                 for i in 0..2 {
                     let c = 2 * p + i;

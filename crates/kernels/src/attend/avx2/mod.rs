@@ -7,6 +7,7 @@
 //! - exp is a polynomial (relative error below 3e-7), 0 below -87;
 //! - sums run in another order.
 
+pub(super) mod ahead;
 pub(super) mod decode;
 mod float;
 pub(super) mod mix;
@@ -30,14 +31,20 @@ pub(super) const LANES: usize = 8;
 pub(super) unsafe fn attend<const WIDE: bool>(
     rows: &Rows<'_>,
     blocks: &[BlockView<'_>],
+    next: &[BlockView<'_>],
     table: &BlockTable,
     state: &mut State,
 ) {
     if rows.len() <= DECODE_ROWS {
         // SAFETY: passed on.
-        unsafe { decode::attend::<WIDE>(rows, blocks, table, state) };
+        unsafe { decode::attend::<WIDE>(rows, blocks, next, table, state) };
     } else {
-        blocks.iter().for_each(|block| prefill::attend(rows, block, table, state));
+        for (b, block) in blocks.iter().enumerate() {
+            for side in next.get(b).iter().flat_map(|next| [&next.key, &next.value]) {
+                ahead::Ahead::of(Some(side)).rest();
+            }
+            prefill::attend(rows, block, table, state);
+        }
     }
 }
 
@@ -57,25 +64,6 @@ pub(super) unsafe fn dequant(side: &SideView<'_>, len: usize, tile: &mut [f32]) 
     if len < TOKENS {
         for channel in tile.chunks_exact_mut(TOKENS) {
             channel[len..].fill(0.0);
-        }
-    }
-}
-
-pub(super) fn prefetch(block: &BlockView<'_>) {
-    for side in [&block.key, &block.value] {
-        match side {
-            SideView::Coded(v) => {
-                prefetch_lines(v.codes);
-                prefetch_lines(v.outliers.places);
-                prefetch_lines(v.outliers.residuals);
-                v.scales.inspect(|s| {
-                    prefetch_lines(s.scale);
-                    prefetch_lines(s.zero);
-                });
-            }
-            // Long enough for the CPU to see where it goes.
-            SideView::Tile { data } => prefetch_lines(&data[..data.len().min(512)]),
-            SideView::Rows { .. } => {}
         }
     }
 }

@@ -18,6 +18,7 @@ use kvquant_quant::TOP;
 use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::view::{CodedView, Run, TOKENS};
+use super::ahead::{Ahead, lines_a_unit};
 use super::decode::{Line, ROWS, Row, Scratch, Signs};
 use super::outliers;
 use super::unpack::{self, by_rows, by_width};
@@ -27,18 +28,25 @@ use crate::rope::BlockTable;
 const QUERY_SUM: f32 = (i32::MAX as f64 / (TOP as f64 * std::f64::consts::SQRT_2 + 2.0)) as f32 - 1024.0;
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn coded(s: &mut Scratch, d: usize, v: &CodedView<'_>, turn: Option<&BlockTable>, scores: &mut [Row]) {
+pub(super) fn coded(
+    s: &mut Scratch,
+    d: usize,
+    v: &CodedView<'_>,
+    turn: Option<&BlockTable>,
+    ahead: &mut Ahead<'_>,
+    scores: &mut [Row],
+) {
     let pairs = d / 2;
     s.keys.resize(4 * pairs, Line([[0; 8]; 2]));
     s.signposts.resize(d, Signs([0; TOKENS]));
     for run in v.runs() {
-        by_width!(run, signposts::<_>(v, &run, &mut s.signposts));
+        by_width!(run, signposts::<_>(v, &run, ahead, &mut s.signposts));
     }
     match turn {
         Some(table) => turned::<true>(&s.signposts, table, pairs, &mut s.keys),
         None => turned::<false>(&s.signposts, &BlockTable::default(), pairs, &mut s.keys),
     }
-    let steps = steps_by_channel(v, &mut s.steps);
+    let steps = steps_of(v, &s.steps);
     s.pairs.resize(scores.len() * pairs, 0);
     let rows_of = s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * pairs)).zip(scores.chunks_mut(ROWS));
     for ((q, ints), scores) in rows_of {
@@ -55,9 +63,10 @@ fn sixteen(from: &[i16; 16]) -> __m256i {
 
 /// Pass 0.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, rows: &mut [Signs]) {
+fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'_>, rows: &mut [Signs]) {
     let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
     for ((u, unit), tables) in unpack::units::<B>(run).zip(tables) {
+        ahead.lines(lines_a_unit(B));
         for i in 0..UNIT_CHANNELS {
             let [low, high] = unpack::codes::<B>(unit);
             let [x, y] = unpack::look_up::<B>(&tables[i], low[i], high[i]);
@@ -70,16 +79,17 @@ fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, rows: &mut [Signs])
     }
 }
 
-/// Steps in the order of channels, in `scratch` where that is not the order of places.
-pub(in super::super) fn steps_by_channel<'a>(v: &CodedView<'a>, scratch: &'a mut Vec<f32>) -> &'a [f32] {
-    if v.lut.order.is_empty() {
-        return v.lut.steps;
-    }
-    scratch.resize(v.lut.steps.len(), 0.0);
+/// Puts steps in the order of channels, where that is not the order of places.
+pub(super) fn steps_by_channel(v: &CodedView<'_>, to: &mut Vec<f32>) {
+    to.resize(v.lut.order.len(), 0.0);
     for (&c, &step) in v.lut.order.iter().zip(v.lut.steps) {
-        scratch[c as usize] = step;
+        to[c as usize] = step;
     }
-    scratch
+}
+
+/// Steps in the order of channels; `ordered` is what [`steps_by_channel`] made.
+pub(in super::super) fn steps_of<'a>(v: &CodedView<'a>, ordered: &'a [f32]) -> &'a [f32] {
+    if v.lut.order.is_empty() { v.lut.steps } else { ordered }
 }
 
 /// Pass 1.

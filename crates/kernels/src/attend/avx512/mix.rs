@@ -7,6 +7,7 @@ use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::BLOCKS;
 use super::super::avx2::LANES;
+use super::super::avx2::ahead::{Ahead, lines_a_unit};
 use super::super::avx2::decode::{ByBlock, ROWS, Row, Scratch};
 use super::super::avx2::mix::{GroupScales, Weights, add_sums, mix_passes, scale_of, store_sums};
 use super::super::avx2::outliers::mix as outliers_of;
@@ -57,6 +58,7 @@ fn by_units<const B: u32, const R: usize>(
     range: Range<usize>,
     ints: &[[Integers; R]; BLOCKS],
     d: usize,
+    ahead: &mut [Ahead<'_>; BLOCKS],
     sums: &mut [i32],
 ) {
     let mut u = range.start;
@@ -64,7 +66,8 @@ fn by_units<const B: u32, const R: usize>(
         let (place, unit) = (u * UNIT_CHANNELS, (u - run.units.start) * B as usize);
         let tables = blocks[0].four_tables(place);
         let mut four = [[_mm512_setzero_si512(); R]; UNIT_CHANNELS];
-        for (block, ints) in blocks.iter().zip(ints) {
+        for ((block, ints), ahead) in blocks.iter().zip(ints).zip(&mut *ahead) {
+            ahead.lines(lines_a_unit(B));
             let [low, high] = unpack::codes::<B>(&block.vectors_of(run)[unit..][..B as usize]);
             for c in 0..UNIT_CHANNELS {
                 let [a, b] = unpack::look_up::<B>(tables[c], low[c], high[c]);

@@ -7,14 +7,15 @@ use std::arch::x86_64::*;
 
 use kvquant_quant::pack::UNIT_CHANNELS;
 
+use super::super::avx2::ahead::{Ahead, lines_a_unit};
 use super::super::avx2::decode::{ROWS, Row, Scratch, Signs};
 use super::super::avx2::outliers;
-use super::super::avx2::score::{integers, steps_by_channel};
+use super::super::avx2::score::{integers, steps_of};
 use super::super::avx2::unpack::{by_rows, by_width, units};
 use super::super::view::{CodedView, Run, TOKENS};
-use super::multiply_add;
+use super::multiply_add_same;
 use super::unpack::{self, Signposts};
-use crate::rope::BlockTable;
+use crate::rope::{BlockTable, Turns16};
 
 /// Scores of R rows in 32 bits. Sums `[2 h]` and `[2 h + 1]` hold half h of the tokens, by lanes of four: 0, 2, 4, 6 and
 /// 16, 18, 20, 22, then the odd ones above them; and the same 8 further.
@@ -33,21 +34,22 @@ pub(in crate::attend) fn coded(
     d: usize,
     v: &CodedView<'_>,
     turn: Option<&BlockTable>,
+    ahead: &mut Ahead<'_>,
     scores: &mut [Row],
 ) {
-    let steps = steps_by_channel(v, &mut s.steps);
+    let steps = steps_of(v, &s.steps);
     s.pairs.resize(scores.len() * d / 2, 0);
     let stored = !v.lut.order.is_empty() || scores.len() > ROWS;
     if stored {
         s.signposts.resize(d, Signs([0; TOKENS]));
         for run in v.runs() {
-            by_width!(run, signposts::<_>(v, &run, &mut s.signposts));
+            by_width!(run, signposts::<_>(v, &run, ahead, &mut s.signposts));
         }
     }
     let keys = stored.then_some(&s.signposts[..]);
     let rows_of = s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * d / 2)).zip(scores.chunks_mut(ROWS));
     for ((q, ints), scores) in rows_of {
-        by_rows!(scores.len(), rows::<_>(q, d, v, steps, turn, keys, ints, &mut s.outliers, scores));
+        by_rows!(scores.len(), rows::<_>(q, d, v, steps, turn, keys, ahead, ints, &mut s.outliers, scores));
     }
 }
 
@@ -60,9 +62,10 @@ fn load(from: &[i16; 32]) -> __m512i {
 
 /// Signposts of a run, channel by channel.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, rows: &mut [Signs]) {
+fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'_>, rows: &mut [Signs]) {
     let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
     for ((u, unit), tables) in units::<B>(run).zip(tables) {
+        ahead.lines(lines_a_unit(B));
         let [low, high] = unpack::codes::<B>(unit);
         for i in 0..UNIT_CHANNELS {
             let row = rows[v.channel(u * UNIT_CHANNELS + i)].0.as_chunks_mut::<32>().0;
@@ -81,15 +84,15 @@ fn add_pair<const R: usize>(sums: &mut Sums<R>, pass: &Pass<'_, R>, pair: usize,
     for h in 0..2 {
         let (mut a, mut b) = (x[h], y[h]);
         if let Some(table) = pass.turn {
-            let [cos, sin] = &table.wide16[pair];
+            let Turns16([cos, sin]) = &table.wide16[pair];
             (a, b) = rotate(a, b, load(&cos.as_chunks().0[h]), load(&sin.as_chunks().0[h]));
         }
         let (low, high) = (_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b));
         for r in 0..R {
             // SAFETY: every query holds all pairs of the head.
-            let q = _mm512_set1_epi32(unsafe { *pass.queries[r].get_unchecked(pair) });
-            sums[r][2 * h] = multiply_add(sums[r][2 * h], low, q);
-            sums[r][2 * h + 1] = multiply_add(sums[r][2 * h + 1], high, q);
+            let q = unsafe { pass.queries[r].get_unchecked(pair) };
+            sums[r][2 * h] = multiply_add_same(sums[r][2 * h], low, q);
+            sums[r][2 * h + 1] = multiply_add_same(sums[r][2 * h + 1], high, q);
         }
     }
 }
@@ -105,10 +108,17 @@ fn rotate(x: __m512i, y: __m512i, cos: __m512i, sin: __m512i) -> (__m512i, __m51
 
 /// sums += the pairs of a run, straight from the codes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn add_run<const B: u32, const R: usize>(v: &CodedView<'_>, run: &Run<'_>, pass: &Pass<'_, R>, all: &mut Sums<R>) {
+fn add_run<const B: u32, const R: usize>(
+    v: &CodedView<'_>,
+    run: &Run<'_>,
+    pass: &Pass<'_, R>,
+    ahead: &mut Ahead<'_>,
+    all: &mut Sums<R>,
+) {
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
     let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
     for ((u, unit), tables) in units::<B>(run).zip(tables) {
+        ahead.lines(lines_a_unit(B));
         let [low, high] = unpack::codes::<B>(unit);
         for p in [0, 1] {
             let [x, y] = [2 * p, 2 * p + 1].map(|i| unpack::look_up::<B>(&tables[i], low[i], high[i]));
@@ -149,6 +159,7 @@ fn rows<const R: usize>(
     steps: &[f32],
     turn: Option<&BlockTable>,
     keys: Option<&[Signs]>,
+    ahead: &mut Ahead<'_>,
     ints: &mut [i32],
     extra: &mut outliers::Scratch,
     scores: &mut [Row],
@@ -165,7 +176,7 @@ fn rows<const R: usize>(
         Some(keys) => add_stored::<R>(keys, &pass, &mut sums),
         None => {
             for run in v.runs() {
-                by_width!(run, add_run::<_, R>(v, &run, &pass, &mut sums));
+                by_width!(run, add_run::<_, R>(v, &run, &pass, ahead, &mut sums));
             }
         }
     }
