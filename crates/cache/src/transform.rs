@@ -5,6 +5,7 @@
 
 use kvquant_kernels::linalg::gemm;
 use kvquant_kernels::rope::Rotation;
+use kvquant_kernels::rowwise::vec_mat;
 use kvquant_quant::MixedFit;
 
 use crate::sequence::CacheShape;
@@ -15,7 +16,12 @@ pub(crate) struct Transform {
     turns: Vec<Rotation>,
     /// `[kv_heads, head_dim, head_dim]`, axes as rows.
     bases: Vec<f32>,
+    /// The same, axes as columns.
+    transposed: Vec<f32>,
 }
+
+/// Tokens up to which heads are turned one by one.
+const FEW: usize = 7;
 
 impl Transform {
     pub fn new(keys: &MixedFit, values: &MixedFit, shape: &CacheShape) -> Self {
@@ -23,7 +29,10 @@ impl Transform {
             let (sin, cos) = angles.iter().map(|a| a.sin_cos()).unzip();
             Rotation { cos, sin }
         });
-        Transform { turns: turns.collect(), bases: values.transform.clone() }
+        let (bases, d) = (values.transform.clone(), shape.head_dim);
+        let column = |of_head: &[f32], c: usize| -> Vec<f32> { of_head[c..].iter().step_by(d).copied().collect() };
+        let transposed = bases.chunks_exact(d * d).flat_map(|h| (0..d).flat_map(move |c| column(h, c))).collect();
+        Transform { turns: turns.collect(), bases, transposed }
     }
 
     /// Keys `[tokens, kv_heads, head_dim]` or queries `[tokens, heads, head_dim]`, turned.
@@ -42,6 +51,13 @@ impl Transform {
         // Every entry is written below.
         out.resize(v.len(), 0.0);
         let width = self.turns.len() * d;
+        if v.len() <= FEW * width {
+            let heads = v.chunks_exact(d).zip(out.chunks_exact_mut(d));
+            for ((from, to), basis) in heads.zip(self.transposed.chunks_exact(d * d).cycle()) {
+                vec_mat(from, basis, to);
+            }
+            return;
+        }
         for (h, basis) in self.bases.chunks_exact(d * d).enumerate() {
             // out[t] = basis v[t]: the basis is read by columns.
             let (from, to) = (&v[h * d..], &mut out[h * d..]);
@@ -53,6 +69,12 @@ impl Transform {
     pub fn restore(&self, out: &mut [f32], heads: usize, d: usize, turned: &mut Vec<f32>) {
         copy(out, turned);
         let (width, group) = (heads * d, heads / self.turns.len());
+        if out.len() <= FEW * width {
+            for (i, (from, to)) in turned.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
+                vec_mat(from, &self.bases[i % heads / group * d * d..][..d * d], to);
+            }
+            return;
+        }
         for h in 0..heads {
             let basis = &self.bases[h / group * d * d..][..d * d];
             gemm(

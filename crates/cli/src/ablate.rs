@@ -9,7 +9,7 @@ use kvquant_quant::Spec;
 
 use crate::calibrate::{Source, fit};
 use crate::models;
-use crate::output::{read_text, write};
+use crate::output::{read_text, say, write};
 use crate::progress::Progress;
 use crate::quantizers;
 
@@ -43,7 +43,7 @@ pub struct Args {
 }
 
 /// A table: what it shows, and its caches.
-const TABLES: [(&str, &[&str]); 7] = [
+const TABLES: [(&str, &[&str]); 9] = [
     ("Widths", &["fp16", "nuq4-1%+sink1", "nuq3-1%+sink1", "nuq2-1%+sink1"]),
     (
         "Scopes: keys per channel or token, values per token or channel",
@@ -51,6 +51,11 @@ const TABLES: [(&str, &[&str]); 7] = [
     ),
     ("Keys before or after RoPE", &["nuq3-1%+sink1", "nuq3-1%+sink1+postrope"]),
     ("Codebooks", &["nuq3-1%+sink1", "nf3-1%+sink1", "int3-1%+sink1", "int3+sink1"]),
+    (
+        "Mixed widths",
+        &["nuq3-1%+sink1", "mix4+sink1", "mix3+sink1", "mix2.5+sink1", "mix2+sink1", "mix3+sink1+recent32"],
+    ),
+    ("Scales of 32 channels, as other programs have them", &["nuq4-1%+sink1", "int4-g32", "mix4+sink1"]),
     ("Outliers and sinks", &["nuq3-1%+sink1", "nuq3-1%", "nuq3+sink1", "nuq3", "nuq3-1%+sink1+recent32"]),
     (
         "Weights of the codebook fit, and Q-Norm",
@@ -100,7 +105,7 @@ pub fn run(args: Args) -> Result<()> {
         format!("{} ({} windows of {})", q.provenance.text, q.provenance.windows, q.provenance.ctx)
     });
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     }
     let page = page(&report, &calibrated, &args.source.options(), args.eval_windows);
     match &args.output {

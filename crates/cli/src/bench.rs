@@ -14,7 +14,7 @@ use kvquant_quant::{Quantizer, Spec};
 
 use crate::failure::Input;
 use crate::models;
-use crate::output::peak_memory;
+use crate::output::{peak_memory, say};
 use crate::progress::Progress;
 use crate::quantizers;
 use report::{Batch, Report, Result as Line, Stages};
@@ -30,13 +30,17 @@ const RUN: usize = 32;
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  kvquant bench smollm2-135m --kv fp16,nuq3-1%+sink1 --depths 0,4096,32768\n\nA depth is reached by repeating the cache's blocks of a real text, so no long prefill is needed and positions beyond the model's context can be timed. Attention includes storing the step's own token in all layers. The fp16 floor is the time to read an fp16 cache of that depth once at the read bandwidth, which is measured in the same run.\n--peer llama-cpp-python runs that package (with the interpreter `python3`, or KVQUANT_PYTHON) on the same GGUF file at the same depths, in turns with ours."
+    after_help = "Example:\n  kvquant bench smollm2-135m --kv fp16,mix3+sink1 --depths 0,4096,32768\n\nA depth is reached by repeating the cache's blocks of a real text, so no long prefill is needed and positions beyond the model's context can be timed. Attention includes storing the step's own token in all layers. The fp16 floor is the time to read an fp16 cache of that depth once at the read bandwidth, which is measured in the same run.\n--peer llama-cpp-python runs that package (with the interpreter `python3`, or KVQUANT_PYTHON) on the same GGUF file at the same depths, in turns with ours."
 )]
 pub struct Args {
     /// Known model, GGUF file or Hugging Face folder
     model: String,
     /// Caches, separated by commas
-    #[arg(long, value_name = "SPECS", default_value = "fp16,nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1")]
+    #[arg(
+        long,
+        value_name = "SPECS",
+        default_value = "fp16,mix4+sink1,mix3+sink1,nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1"
+    )]
     kv: String,
     /// Tokens already in the cache, separated by commas
     #[arg(long, value_name = "LIST", default_value = "0,4096,16384,32768")]
@@ -139,7 +143,7 @@ pub fn run(args: Args) -> Result<()> {
         peer: theirs,
     };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{}", report.table());
     }

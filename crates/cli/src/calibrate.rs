@@ -9,12 +9,12 @@ use kvquant_quant::{Quantizer, Spec};
 
 use crate::failure::Input;
 use crate::models::{self, Loaded};
-use crate::output::{bytes, peak_memory, read_text};
+use crate::output::{bytes, peak_memory, read_text, say};
 use crate::progress::Progress;
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  kvquant calibrate smollm2-135m --self --kv nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1 -o smollm2.safetensors\n  kvquant calibrate model.gguf --text book.txt --kv nuq3-1%+sink1 -o model.safetensors"
+    after_help = "Examples:\n  kvquant calibrate smollm2-135m --self -o smollm2.safetensors\n  kvquant calibrate model.gguf --text book.txt --kv mix3+sink1,nuq3-1%+sink1 -o model.safetensors"
 )]
 pub struct Args {
     /// Known model, GGUF file or Hugging Face folder
@@ -22,7 +22,11 @@ pub struct Args {
     #[command(flatten)]
     source: Source,
     /// Caches to fit, separated by commas; one run serves them all
-    #[arg(long, value_name = "SPECS", default_value = "nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1")]
+    #[arg(
+        long,
+        value_name = "SPECS",
+        default_value = "mix4+sink1,mix3+sink1,mix2+sink1,nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1"
+    )]
     kv: String,
     /// The quantizer file to write
     #[arg(short, long, value_name = "FILE")]
@@ -118,10 +122,10 @@ pub fn run(args: Args) -> Result<()> {
             "output": args.output, "bytes": size, "seconds": seconds, "peak_bytes": peak,
             "provenance": quantizer.provenance, "fits": quantizer.fits.iter().map(|f| f.spec.fit_key()).collect::<Vec<_>>(),
         });
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         let peak = peak.map_or("unknown".into(), bytes);
-        println!(
+        say!(
             "{}: {}, {} fits, in {seconds:.0} s, {peak} of memory at most",
             args.output.display(),
             bytes(size as f64),

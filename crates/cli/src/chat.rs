@@ -10,7 +10,7 @@ use crate::generate::{AT_PROMPT, Common, Session, interrupted, to_stdout};
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  kvquant chat smollm2-135m --kv nuq3-1%+sink1 --temperature 0.7 --top-p 0.9\n\nIn the chat: /reset begins anew, /stats shows the cache, /exit ends. Ctrl-C ends an answer; at the prompt it ends the chat."
+    after_help = "Example:\n  kvquant chat smollm2-135m --kv mix3+sink1+recent32 --temperature 0.7 --top-p 0.9\n\nIn the chat: /reset begins anew, /stats shows the cache, /exit ends. Ctrl-C ends an answer; at the prompt it ends the chat."
 )]
 pub struct Args {
     #[command(flatten)]

@@ -13,14 +13,14 @@ use kvquant_quant::Spec;
 
 use crate::generate::{interrupted, to_stdout};
 use crate::models;
-use crate::output::bytes;
+use crate::output::{bytes, say};
 use crate::progress::Progress;
 use crate::quantizers;
 
 /// A text of the project's own.
 const TEXT: &str = include_str!("../assets/station.txt");
 const QUESTION: &str = "What was the name of the keeper who counted the birds?";
-const SPECS: [&str; 2] = ["fp16", "nuq3-1%+sink1"];
+const SPECS: [&str; 2] = ["fp16", "mix3+sink1"];
 
 #[derive(clap::Args)]
 #[command(
@@ -113,7 +113,7 @@ pub fn run(args: Args) -> Result<()> {
                 })
             })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        say!("{}", serde_json::to_string_pretty(&all)?);
         return Ok(());
     }
     let mut rows = vec![
@@ -143,8 +143,8 @@ pub fn run(args: Args) -> Result<()> {
             format!("{:.1} %", 100.0 * e.top1_agreement),
         ]
     }));
-    println!("\n{}", table(&rows));
-    println!(
+    say!("\n{}", table(&rows));
+    say!(
         "Perplexity and KL divergence on the first {} tokens of the text, against the fp16 cache; {:.0} s in all.",
         options.ctx,
         start.elapsed().as_secs_f64()

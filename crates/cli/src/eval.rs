@@ -8,13 +8,13 @@ use kvquant_eval::{EvalOptions, evaluate};
 use kvquant_quant::Spec;
 
 use crate::models;
-use crate::output::{read_text, write};
+use crate::output::{read_text, say, write};
 use crate::progress::Progress;
 use crate::quantizers;
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  kvquant eval smollm2-135m --text book.txt --kv fp16,nuq4-1%+sink1,nuq3-1%+sink1 --windows 2 --plot quality.svg\n\nThe text is cut into windows from its start, the first token of a window is not scored. For models that expect a beginning-of-text token, it takes the place of the first.\nBits count everything that the cache stores, at the end of a window."
+    after_help = "Example:\n  kvquant eval smollm2-135m --text book.txt --kv fp16,mix4+sink1,mix3+sink1 --windows 2 --plot quality.svg\n\nThe text is cut into windows from its start, the first token of a window is not scored. For models that expect a beginning-of-text token, it takes the place of the first.\nBits count everything that the cache stores, at the end of a window."
 )]
 pub struct Args {
     /// Known model, GGUF file or Hugging Face folder
@@ -23,7 +23,11 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
     /// Caches, separated by commas
-    #[arg(long, value_name = "SPECS", default_value = "fp16,nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1")]
+    #[arg(
+        long,
+        value_name = "SPECS",
+        default_value = "fp16,mix4+sink1,mix3+sink1,nuq4-1%+sink1,nuq3-1%+sink1,nuq2-1%+sink1"
+    )]
     kv: String,
     /// Windows of the text
     #[arg(long, value_name = "N", default_value_t = 2)]
@@ -89,7 +93,7 @@ pub fn run(args: Args) -> Result<()> {
         write(path, &report.plot_svg()?)?;
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{}", report.table());
     }

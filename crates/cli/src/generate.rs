@@ -15,13 +15,13 @@ use kvquant_quant::Spec;
 use crate::eval::PrefillArg;
 use crate::failure::Input;
 use crate::models::{self, Loaded};
-use crate::output::{bytes, read_text};
+use crate::output::{bytes, read_text, say};
 use crate::progress::Progress;
 use crate::quantizers;
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  kvquant generate smollm2-135m -p \"Name three rivers.\" --kv nuq3-1%+sink1\n  kvquant generate model.gguf -f question.txt --kv nuq4-1%+sink1 --quantizer model.safetensors --temperature 0.7 --top-p 0.9\n\nCtrl-C ends the answer and keeps what is there."
+    after_help = "Examples:\n  kvquant generate smollm2-135m -p \"Name three rivers.\" --kv mix3+sink1\n  kvquant generate model.gguf -f question.txt --kv mix4+sink1 --quantizer model.safetensors --temperature 0.7 --top-p 0.9\n\nCtrl-C ends the answer and keeps what is there."
 )]
 pub struct Args {
     #[command(flatten)]
@@ -46,7 +46,7 @@ pub struct Common {
     /// Known model, GGUF file or Hugging Face folder
     pub model: String,
     /// How the cache is stored
-    #[arg(long, value_name = "SPEC", default_value = "nuq4-1%+sink1")]
+    #[arg(long, value_name = "SPEC", default_value = "mix4+sink1")]
     pub kv: String,
     /// Quantizer file [default: the built-in one, if it fits the model]
     #[arg(long, value_name = "FILE")]
@@ -238,7 +238,7 @@ pub fn run(args: Args) -> Result<()> {
             "prefill_seconds": o.prefill_seconds, "decode_seconds": o.decode_seconds, "kv": session.spec.to_string(),
             "cache_bytes": session.cache.bytes().total(), "bits_per_element": session.cache.bits_per_element(),
         });
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());
     }
     let o = session.answer(&ids, &mut to_stdout)?;

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::failure::Input;
 use crate::output;
+use crate::output::say;
 
 /// Channels a token of the models that kernels are compiled for ahead.
 const CHANNELS: [usize; 5] = [128, 192, 256, 1024, 4096];
@@ -170,7 +171,7 @@ pub fn run(args: Args) -> Result<()> {
         output::write(&folder.join("gpu-check.json"), &serde_json::to_string_pretty(&report)?)?;
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{}", table(&rows, &sdpa));
         summary(&outcomes);
@@ -188,7 +189,7 @@ fn summary(outcomes: &[Outcome]) {
         *w = (w.0 + 1, w.1.max(o.error));
     }
     for (kernel, (n, error)) in worst {
-        println!("{kernel:14} {n} comparisons, greatest error {error:.2e}");
+        say!("{kernel:14} {n} comparisons, greatest error {error:.2e}");
     }
 }
 
@@ -262,7 +263,7 @@ fn compile(args: &Args, modules: &Modules) -> Result<()> {
         };
         for build in Build::all(limit, &CHANNELS) {
             let (code, r) = modules.compile(&build, arch)?;
-            println!(
+            say!(
                 "{arch:7} {build:52} {:4} registers {:4} bytes spilled {:7} bytes",
                 r.registers,
                 r.spilled,
@@ -274,7 +275,7 @@ fn compile(args: &Args, modules: &Modules) -> Result<()> {
         }
     }
     if !spilled.is_empty() {
-        println!("spills: {}", spilled.join("; "));
+        say!("spills: {}", spilled.join("; "));
     }
     Ok(())
 }

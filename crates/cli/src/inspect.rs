@@ -12,7 +12,7 @@ use kvquant_quant::{MixedFit, Quantizer, SideFit};
 use serde_json::json;
 
 use crate::failure::Input;
-use crate::output::bytes;
+use crate::output::{bytes, say};
 use crate::progress::Progress;
 
 #[derive(clap::Args)]
@@ -34,7 +34,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     if args.cpu {
         print!("{}", kvquant_kernels::dispatch::cpu_report());
-        println!("attention     {}", kvquant_kernels::attend::Kernels::detect()?.name());
+        say!("attention     {}", kvquant_kernels::attend::Kernels::detect()?.name());
     }
     let Some(file) = args.file else { return Ok(()) };
     let mut progress = Progress::new();
@@ -42,7 +42,7 @@ pub fn run(args: Args) -> Result<()> {
     progress.clear();
     let report = if is_model(&path)? { model(&path)? } else { quantizer(&path)? };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         show(&report, 0);
     }
@@ -126,9 +126,7 @@ fn types(g: &Gguf) -> BTreeMap<String, (usize, u64)> {
 /// What a side of a layer takes in the file.
 fn fit_bytes(s: &SideFit) -> usize {
     let plain = 4 * (s.lower.len() + s.upper.len() + s.encode.len() + s.decode.len());
-    let mixed =
-        |m: &MixedFit| m.widths.len() + 2 * (m.order.len() + m.posts.len()) + 4 * (m.steps.len() + m.transform.len());
-    plain + s.mixed.as_ref().map_or(0, mixed)
+    plain + s.mixed.as_ref().map_or(0, MixedFit::file_bytes)
 }
 
 fn quantizer(path: &Path) -> Result<serde_json::Value> {
@@ -165,11 +163,11 @@ fn show(v: &serde_json::Value, depth: usize) {
         let pad = "  ".repeat(depth);
         match v {
             serde_json::Value::Object(_) => {
-                println!("{pad}{k}");
+                say!("{pad}{k}");
                 show(v, depth + 1);
             }
-            serde_json::Value::String(s) => println!("{pad}{k:26} {}", s.replace('\n', "\\n")),
-            other => println!("{pad}{k:26} {other}"),
+            serde_json::Value::String(s) => say!("{pad}{k:26} {}", s.replace('\n', "\\n")),
+            other => say!("{pad}{k:26} {other}"),
         }
     }
 }

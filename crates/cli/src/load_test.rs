@@ -6,7 +6,7 @@ use anyhow::Result;
 use kvquant_server::load::{LoadOptions, LoadReport, Percentiles, run as load};
 
 use crate::failure::Input;
-use crate::output::bytes;
+use crate::output::{bytes, say};
 
 #[derive(clap::Args)]
 #[command(
@@ -50,7 +50,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     let report = load(options, &mut |stage| eprintln!("{stage} ..."))?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print(&report);
     }
@@ -66,31 +66,34 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 fn print(r: &LoadReport) {
-    println!(
+    say!(
         "one stream {:.1} tokens/s, eight together {:.1} ({:.2} times)",
         r.one_stream,
         r.eight_streams,
         r.eight_streams / r.one_stream
     );
-    println!(
+    say!(
         "{} answers, {} left in the middle, {} told to wait, {:.1} tokens/s",
-        r.finished, r.left, r.busy, r.tokens_per_second
+        r.finished,
+        r.left,
+        r.busy,
+        r.tokens_per_second
     );
-    println!("{:32}   count     p50     p95", "");
-    let row = |name: &str, p: Percentiles| println!("{name:32}  {:>6}  {:>6.2}  {:>6.2}", p.count, p.p50, p.p95);
+    say!("{:32}   count     p50     p95", "");
+    let row = |name: &str, p: Percentiles| say!("{name:32}  {:>6}  {:>6.2}  {:>6.2}", p.count, p.p50, p.p95);
     row("first token, short prompt (s)", r.first_token_short);
     row("first token, long prompt (s)", r.first_token_long);
     row("first token, common document (s)", r.first_token_shared);
     row("tokens/s of a stream", r.stream_rate);
     let memory =
         |(resident, caches): (u64, u64)| format!("{} ({} in caches)", bytes(resident as f64), bytes(caches as f64));
-    println!(
+    say!(
         "memory {} before, {} after: {:+.1} % beside the caches",
         memory(r.resident_before),
         memory(r.resident_after),
         r.growth_percent
     );
     for (error, n) in &r.errors {
-        println!("{n} x {error}");
+        say!("{n} x {error}");
     }
 }

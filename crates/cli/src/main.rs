@@ -30,8 +30,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const EXAMPLES: &str = "Examples:
   kvquant demo
-  kvquant generate smollm2-135m -p \"What is a codebook?\" --kv nuq3-1%+sink1
-  kvquant eval smollm2-135m --text book.txt --kv fp16,nuq3-1%+sink1 --windows 2";
+  kvquant generate smollm2-135m -p \"What is a codebook?\" --kv mix3+sink1
+  kvquant eval smollm2-135m --text book.txt --kv fp16,mix3+sink1 --windows 2";
 
 #[derive(Parser)]
 #[command(name = "kvquant", version, about = "Long-context LLM inference with a KV cache of 2 to 4 bits (KVQuant, arXiv 2401.18079)", after_help = EXAMPLES)]

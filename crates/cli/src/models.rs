@@ -70,7 +70,7 @@ pub fn specs(list: &str) -> Result<Vec<(String, Spec)>> {
         .map(|s| Ok((s.to_string(), s.parse::<Spec>()?)))
         .collect::<Result<_>>()?;
     if all.is_empty() {
-        return Err(Input("--kv names no cache; for example --kv fp16,nuq3-1%+sink1".into()).into());
+        return Err(Input("--kv names no cache; for example --kv fp16,mix3+sink1".into()).into());
     }
     Ok(all)
 }

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use kvquant_model::pull::{self, KNOWN};
 
-use crate::output::bytes;
+use crate::output::{bytes, say};
 use crate::progress::Progress;
 
 #[derive(clap::Args)]
@@ -22,13 +22,13 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     if args.list {
         for m in KNOWN.iter() {
-            println!("{:20} {:>9}  {}", m.name, bytes(m.size as f64), m.description);
+            say!("{:20} {:>9}  {}", m.name, bytes(m.size as f64), m.description);
         }
         return Ok(());
     }
     let mut progress = Progress::new();
     let path = pull::pull(&args.name, &mut |stage, done, total| progress.update(stage, done, total))?;
     progress.clear();
-    println!("{}", path.display());
+    say!("{}", path.display());
     Ok(())
 }

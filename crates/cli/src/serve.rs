@@ -1,5 +1,6 @@
 //! `kvquant serve`.
 
+use std::io::Write;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -20,14 +21,14 @@ use crate::quantizers;
 
 #[derive(clap::Args, Clone)]
 #[command(
-    after_help = "Example:\n  kvquant serve smollm2-135m --kv nuq3-1%+sink1 --kv-memory 2G\n  curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' -d '{\"model\": \"smollm2-135m\", \"messages\": [{\"role\": \"user\", \"content\": \"Name three rivers.\"}]}'\n\nA page to chat is at http://127.0.0.1:8080/. Every option can come from the environment: --kv-memory from KVQUANT_KV_MEMORY, and so on.\nSIGTERM or Ctrl-C: running answers get --grace-seconds to finish; a second one ends them at once."
+    after_help = "Example:\n  kvquant serve smollm2-135m --kv mix3+sink1 --kv-memory 2G\n  curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' -d '{\"model\": \"smollm2-135m\", \"messages\": [{\"role\": \"user\", \"content\": \"Name three rivers.\"}]}'\n\nA page to chat is at http://127.0.0.1:8080/. Every option can come from the environment: --kv-memory from KVQUANT_KV_MEMORY, and so on.\nSIGTERM or Ctrl-C: running answers get --grace-seconds to finish; a second one ends them at once."
 )]
 pub struct Args {
     /// Known model, GGUF file or Hugging Face folder
     #[arg(env = "KVQUANT_MODEL")]
     model: String,
     /// How caches are stored
-    #[arg(long, value_name = "SPEC", default_value = "nuq4-1%+sink1", env = "KVQUANT_KV")]
+    #[arg(long, value_name = "SPEC", default_value = "mix4+sink1", env = "KVQUANT_KV")]
     kv: String,
     /// Quantizer file [default: the built-in one, if it fits the model]
     #[arg(long, value_name = "FILE", env = "KVQUANT_QUANTIZER")]
@@ -208,7 +209,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     let ready = |address: std::net::SocketAddr| {
         tracing::info!(%address, "ready");
-        println!("ready at http://{address}");
+        let _ = writeln!(std::io::stdout(), "ready at http://{address}");
     };
     // The server hands on what it can print; how the program ends depends on the kind.
     let failed = Arc::new(Mutex::new(None));

@@ -17,13 +17,13 @@ use kvquant_server::sessions::{list, session_path};
 use crate::failure::Input;
 use crate::generate::to_stdout;
 use crate::models::{self, Loaded};
-use crate::output::{bytes, read_text};
+use crate::output::{bytes, read_text, say};
 use crate::progress::Progress;
 use crate::{quantizers, serve};
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  kvquant session save smollm2-135m station -f handbook.txt --kv nuq3-1%+sink1\n  kvquant session load smollm2-135m station -p \"Who may open the outer door?\"\n  kvquant session list\n  kvquant session rm station\n\n`kvquant serve --session-dir DIR` uses the same files."
+    after_help = "Example:\n  kvquant session save smollm2-135m station -f handbook.txt --kv mix3+sink1\n  kvquant session load smollm2-135m station -p \"Who may open the outer door?\"\n  kvquant session list\n  kvquant session rm station\n\n`kvquant serve --session-dir DIR` uses the same files."
 )]
 pub struct Args {
     #[command(subcommand)]
@@ -50,7 +50,7 @@ struct Folder {
 }
 
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  kvquant session save smollm2-135m station -f handbook.txt --kv nuq3-1%+sink1")]
+#[command(after_help = "Example:\n  kvquant session save smollm2-135m station -f handbook.txt --kv mix3+sink1")]
 struct Save {
     /// Known model, GGUF file or Hugging Face folder
     model: String,
@@ -60,7 +60,7 @@ struct Save {
     #[arg(short, long, value_name = "FILE")]
     file: PathBuf,
     /// How the cache is stored
-    #[arg(long, value_name = "SPEC", default_value = "nuq4-1%+sink1")]
+    #[arg(long, value_name = "SPEC", default_value = "mix4+sink1")]
     kv: String,
     /// Quantizer file [default: the built-in one, if it fits the model]
     #[arg(long, value_name = "FILE")]
@@ -230,15 +230,9 @@ fn save(args: Save) -> Result<()> {
             "name": args.name, "path": path, "tokens": ids.len(), "bytes": size, "kv": spec.to_string(),
             "prefill_seconds": seconds,
         });
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        println!(
-            "{}: {} tokens, {}, read in {seconds:.1} s: {}",
-            args.name,
-            ids.len(),
-            bytes(size as f64),
-            path.display()
-        );
+        say!("{}: {} tokens, {}, read in {seconds:.1} s: {}", args.name, ids.len(), bytes(size as f64), path.display());
     }
     Ok(())
 }
@@ -278,7 +272,7 @@ fn load(args: Load) -> Result<()> {
             "text": outcome.text, "tokens": outcome.tokens, "stop": outcome.stop, "stored_tokens": info.tokens,
             "restore_seconds": restored, "first_token_seconds": first, "kv": spec.to_string(),
         });
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         to_stdout("\n")?;
         let (stored, new) = (info.tokens, outcome.tokens.len());
@@ -303,19 +297,19 @@ fn show(args: List) -> Result<()> {
                 Err(e) => serde_json::json!({ "name": name, "path": path, "error": e.to_string() }),
             })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        say!("{}", serde_json::to_string_pretty(&all)?);
         return Ok(());
     }
     if opened.is_empty() {
-        println!("no sessions in {}", dir.display());
+        say!("no sessions in {}", dir.display());
     }
     for (name, path, file) in &opened {
         match file {
             Ok(f) => {
                 let (i, size) = (f.info(), bytes(f.bytes() as f64));
-                println!("{name:24} {:>8} tokens {size:>10}  {}  {}", i.tokens, i.identity.spec, i.model);
+                say!("{name:24} {:>8} tokens {size:>10}  {}  {}", i.tokens, i.identity.spec, i.model);
             }
-            Err(e) => println!("{name:24} {} ({e})", describe(path)),
+            Err(e) => say!("{name:24} {} ({e})", describe(path)),
         }
     }
     Ok(())
@@ -330,7 +324,7 @@ fn remove(args: Rm) -> Result<()> {
     let paths: Vec<PathBuf> = args.names.iter().map(|n| args.folder.existing(n)).collect::<Result<_>>()?;
     for (name, path) in args.names.iter().zip(&paths) {
         std::fs::remove_file(path).with_context(|| format!("{}: cannot remove", path.display()))?;
-        println!("removed {name}");
+        say!("removed {name}");
     }
     Ok(())
 }

@@ -44,6 +44,7 @@ compiled_twice!(norm_row, norm_row_plain, norm_row_avx2, (x: &[f32], weight: &[f
 compiled_twice!(norm_row_in_place, in_place_plain, in_place_avx2, (x: &mut [f32], weight: &[f32], eps: f32));
 compiled_twice!(add_row, add_plain, add_avx2, (x: &mut [f32], y: &[f32]) -> f32);
 compiled_twice!(scaled, scaled_plain, scaled_avx2, (x: &[f32], by: f32, weight: &[f32], out: &mut [f32]));
+compiled_twice!(vec_mat_on, vec_mat_plain, vec_mat_avx2, (x: &[f32], w: &[f32], out: &mut [f32]));
 compiled_twice!(silu, silu_plain, silu_avx2, (gate: &mut [f32], up: &[f32]));
 compiled_twice!(gelu, gelu_plain, gelu_avx2, (gate: &mut [f32], up: &[f32]));
 
@@ -197,6 +198,38 @@ fn gated_on(isa: Isa, activation: Activation, gate: &mut [f32], up: &[f32]) {
     }
 }
 
+/// out = x W for one row x `[k]` and a small W `[k, n]`; out `[n]`. For a few rows, where calling a product of matrices
+/// costs more than it takes.
+///
+/// # Panics
+/// W is not `[k, n]`.
+pub fn vec_mat(x: &[f32], w: &[f32], out: &mut [f32]) {
+    assert_eq!(w.len(), x.len() * out.len(), "W is [k, n]");
+    vec_mat_on(isa(), x, w, out);
+}
+
+#[inline(always)]
+fn vec_mat_plain(x: &[f32], w: &[f32], out: &mut [f32]) {
+    const LANES: usize = 32;
+    let n = out.len();
+    let (pieces, rest) = out.as_chunks_mut::<LANES>();
+    for (i, piece) in pieces.iter_mut().enumerate() {
+        let mut sums = [0.0; LANES];
+        for (x, row) in x.iter().zip(w.chunks_exact(n)) {
+            let row: &[f32; LANES] = row[i * LANES..].first_chunk().expect("a row has whole pieces");
+            for (sum, w) in sums.iter_mut().zip(row) {
+                *sum += x * w;
+            }
+        }
+        *piece = sums;
+    }
+    let first = n - rest.len();
+    rest.fill(0.0);
+    for (x, row) in x.iter().zip(w.chunks_exact(n)) {
+        rest.iter_mut().zip(&row[first..]).for_each(|(sum, w)| *sum += x * w);
+    }
+}
+
 /// Multiplies every row by `by`, entry by entry; an empty `by` is none.
 pub fn scale_rows(x: &mut [f32], by: &[f32]) {
     if !by.is_empty() {
@@ -288,6 +321,19 @@ mod tests {
     }
 
     #[test]
+    fn a_row_times_a_matrix() {
+        for (k, n) in [(1, 1), (3, 31), (5, 64), (64, 64), (80, 80), (7, 96)] {
+            let x: Vec<f32> = (0..k).map(|i| (i as f32 * 0.7).sin()).collect();
+            let w: Vec<f32> = (0..k * n).map(|i| (i as f32 * 0.3).cos()).collect();
+            let mut out = vec![f32::NAN; n];
+            vec_mat(&x, &w, &mut out);
+            for (c, got) in out.into_iter().enumerate() {
+                close(got, (0..k).map(|i| x[i] as f64 * w[i * n + c] as f64).sum());
+            }
+        }
+    }
+
+    #[test]
     fn what_is_not_finite_is_seen_and_what_is_large_is_not_mistaken_for_it() {
         let (x, y, w) = rows();
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
@@ -315,6 +361,14 @@ mod tests {
                 gated_on(isa, activation, &mut gate, &y);
                 all.push(gate);
             }
+            let mut product = vec![0.0; 80];
+            vec_mat_on(
+                isa,
+                &x[..3],
+                &x.iter().chain(&y).chain(&w).copied().cycle().take(240).collect::<Vec<_>>(),
+                &mut product,
+            );
+            all.push(product);
             all.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>()
         };
         for isa in Isa::available() {

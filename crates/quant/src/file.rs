@@ -7,7 +7,7 @@
 //!   F/s.lower, F/s.upper     f32 [L, C]        thresholds; only for sides quantized per channel
 //!   F/s.encode, F/s.decode   f32 [L, 2^bits]   codebooks; only for nuq
 //!   F/s.widths  u8 [L, C/4]   F/s.order  u16 [L, C]   F/s.steps  f32 [L, C]   F/s.posts  i16 [entries]
-//!   F/s.transform            f32 [L, C/2] for keys, [L, C * head_dim] for values; these five only for mix
+//!   F/s.transform            f32 [L, C/2] for keys, f16 or f32 [L, C * head_dim] for values; these five only for mix
 //! ```
 //!
 //! A file is hostile until checked: its size is capped, shapes must follow from the metadata, numbers must be finite,

@@ -3,6 +3,7 @@
 //! ```text
 //! spec      what a cache is asked to be: `nuq3-1%+sink1`
 //! codebook  signposts in normalised units: uniform, normal-float; learned ones come from a fit
+//! count     values -> codes
 //! side      one token's keys or values of a layer -> codes, scales, outliers (TokenCodes)
 //! pack      256 codes -> a unit of bytes
 //! lut       codes -> signposts
@@ -13,6 +14,7 @@
 //! Method: KVQuant (arXiv 2401.18079). No unsafe code, no tensors.
 
 mod codebook;
+mod count;
 mod file;
 mod lut;
 mod mixed;

@@ -1,5 +1,6 @@
 //! A side whose channels differ in width: what a fit of it holds, its checks, and its tensors in a quantizer file.
 
+use half::f16;
 use safetensors::tensor::{Dtype, SafeTensors};
 
 use crate::file::Fingerprint;
@@ -28,7 +29,19 @@ pub struct MixedFit {
     pub transform: Vec<f32>,
 }
 
+/// Whether fp16 holds all numbers, as calibration makes them for bases; they take half the room then.
+fn are_halves(numbers: &[f32]) -> bool {
+    numbers.iter().all(|x| f16::from_f32(*x).to_f32() == *x)
+}
+
 impl MixedFit {
+    /// Bytes in a quantizer file.
+    pub fn file_bytes(&self) -> usize {
+        let number = if are_halves(&self.transform) { 2 } else { 4 };
+        let lists = 2 * (self.order.len() + self.posts.len()) + 4 * self.steps.len();
+        self.widths.len() + lists + number * self.transform.len()
+    }
+
     /// Refuses what would not decode.
     pub(crate) fn check(&self, side: Side, kv_heads: usize, head_dim: usize) -> Result<(), QuantError> {
         let channels = kv_heads * head_dim;
@@ -113,13 +126,19 @@ pub(crate) fn tensors(layers: &[MixedFit], prefix: &str) -> Vec<(String, Dtype, 
     let order: Vec<u8> = layers.iter().flat_map(|l| &l.order).flat_map(|x| x.to_le_bytes()).collect();
     let steps: Vec<u8> = layers.iter().flat_map(|l| &l.steps).flat_map(|x| x.to_le_bytes()).collect();
     let posts: Vec<u8> = layers.iter().flat_map(|l| &l.posts).flat_map(|x| x.to_le_bytes()).collect();
-    let transform: Vec<u8> = layers.iter().flat_map(|l| &l.transform).flat_map(|x| x.to_le_bytes()).collect();
+    let halves = layers.iter().all(|l| are_halves(&l.transform));
+    let (of_transform, transform) = if halves {
+        let bytes = layers.iter().flat_map(|l| &l.transform).flat_map(|x| f16::from_f32(*x).to_le_bytes());
+        (Dtype::F16, bytes.collect::<Vec<u8>>())
+    } else {
+        (Dtype::F32, layers.iter().flat_map(|l| &l.transform).flat_map(|x| x.to_le_bytes()).collect())
+    };
     vec![
         (name("widths"), Dtype::U8, width(widths.len(), 1), widths),
         (name("order"), Dtype::U16, width(order.len(), 2), order),
         (name("steps"), Dtype::F32, width(steps.len(), 4), steps),
         (name("posts"), Dtype::I16, vec![posts.len() / 2], posts),
-        (name("transform"), Dtype::F32, width(transform.len(), 4), transform),
+        (name("transform"), of_transform, width(transform.len(), if halves { 2 } else { 4 }), transform),
     ]
 }
 
@@ -148,9 +167,17 @@ pub(crate) fn read(
     let order = get("order", Dtype::U16, Some(channels))?.as_chunks().0.chunks_exact(channels);
     let steps = get("steps", Dtype::F32, Some(channels))?.as_chunks().0.chunks_exact(channels);
     let mut posts = get("posts", Dtype::I16, None)?.as_chunks().0;
-    let transforms = get("transform", Dtype::F32, Some(transform))?.as_chunks().0.chunks_exact(transform);
+    let transforms: Vec<f32> = match get("transform", Dtype::F16, Some(transform)) {
+        Ok(halves) => halves.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+        Err(_) => {
+            let floats = get("transform", Dtype::F32, Some(transform))?.as_chunks().0;
+            floats.iter().map(|b| f32::from_le_bytes(*b)).collect()
+        }
+    };
     let mut layers = Vec::with_capacity(model.layers);
-    for (l, (((widths, order), steps), transform)) in widths.zip(order).zip(steps).zip(transforms).enumerate() {
+    for (l, (((widths, order), steps), transform)) in
+        widths.zip(order).zip(steps).zip(transforms.chunks_exact(transform)).enumerate()
+    {
         let entries: usize = widths.iter().map(|&b| UNIT_CHANNELS * Table::entries((b as u32).min(MAX_BITS))).sum();
         let of_layer = posts.split_at_checked(entries);
         let (own, rest) = of_layer.ok_or((format!("{prefix}.posts"), format!("ends within layer {l}")))?;
@@ -160,7 +187,7 @@ pub(crate) fn read(
             order: order.iter().map(|b| u16::from_le_bytes(*b)).collect(),
             steps: steps.iter().map(|b| f32::from_le_bytes(*b)).collect(),
             posts: own.iter().map(|b| i16::from_le_bytes(*b)).collect(),
-            transform: transform.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            transform: transform.to_vec(),
         };
         fit.check(side, model.kv_heads, model.head_dim).map_err(|e| (prefix.to_string(), format!("layer {l}: {e}")))?;
         layers.push(fit);

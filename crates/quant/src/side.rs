@@ -4,6 +4,7 @@ use half::f16;
 use smallvec::SmallVec;
 
 use crate::codebook::{normal_float, symmetric, uniform};
+use crate::count;
 use crate::file::{LayerFit, SideFit};
 use crate::lut::Lut;
 use crate::mixed::MixedFit;
@@ -159,9 +160,24 @@ enum Ranges {
     Channel { lower: Vec<f32>, upper: Vec<f32>, bounds: Vec<Vec<f32>>, keep_outliers: bool },
     /// Online, per token and group of channels; `extremes` outliers on each side.
     Token { group: usize, extremes: usize, zero_point: bool },
-    /// Offline, per channel, with signposts of its own. `places[c]`: where the channel is packed.
-    Mixed { lower: Vec<f32>, upper: Vec<f32>, places: Vec<u16>, middles: Vec<Vec<f32>> },
+    /// Offline, per channel, with signposts of its own.
+    Mixed(MixedRanges),
 }
+
+#[derive(Debug, Clone)]
+struct MixedRanges {
+    lower: Vec<f32>,
+    upper: Vec<f32>,
+    /// Where each channel is packed.
+    places: Vec<u16>,
+    /// As of `Ranges::Channel`; infinite where a channel has fewer midpoints, or is among the wide ones.
+    bounds: Vec<Vec<f32>>,
+    /// Channels with more midpoints than are worth counting, and these.
+    wide: Vec<(usize, Vec<f32>)>,
+}
+
+/// Midpoints up to which all of a channel are compared; more are searched.
+const COUNTED: usize = 15;
 
 impl SideQuantizer {
     /// The quantizer of one side. `fit` is the layer's calibration, for specs that need one.
@@ -244,14 +260,26 @@ impl SideQuantizer {
     fn mixed(fit: &SideFit, mixed: &MixedFit, head_dim: usize) -> Self {
         let lut = Lut::mixed(mixed);
         let channels = lut.order.len();
-        let (mut places, mut middles) = (vec![0; channels], Vec::with_capacity(channels));
+        let (mut places, mut bounds, mut wide) = (vec![0; channels], Vec::new(), Vec::new());
         for (place, &c) in lut.order.iter().enumerate() {
-            places[place / head_dim * head_dim + c as usize] = place as u16;
+            let c = place / head_dim * head_dim + c as usize;
+            places[c] = place as u16;
             let dense = |code: usize| lut.dense(place, code as u8);
             let last = (1usize << lut.widths[place / UNIT_CHANNELS]) - 1;
-            middles.push((0..last).map(|i| dense(i) + (dense(i + 1) - dense(i)) / 2.0).collect());
+            let middles = (0..last).map(|i| dense(i) + (dense(i + 1) - dense(i)) / 2.0);
+            if last > COUNTED {
+                wide.push((c, middles.collect()));
+                continue;
+            }
+            for (m, middle) in middles.enumerate() {
+                if m == bounds.len() {
+                    bounds.push(vec![f32::INFINITY; channels]);
+                }
+                bounds[m][c] = middle;
+            }
         }
-        let ranges = Ranges::Mixed { lower: fit.lower.clone(), upper: fit.upper.clone(), places, middles };
+        let (lower, upper) = (fit.lower.clone(), fit.upper.clone());
+        let ranges = Ranges::Mixed(MixedRanges { lower, upper, places, bounds, wide });
         SideQuantizer { channels, encode: Vec::new(), decode: Vec::new(), middles: Vec::new(), lut, ranges }
     }
 
@@ -281,7 +309,7 @@ impl SideQuantizer {
     /// Scales per token; 0 where ranges are static.
     pub fn groups(&self) -> usize {
         match &self.ranges {
-            Ranges::Channel { .. } | Ranges::Mixed { .. } => 0,
+            Ranges::Channel { .. } | Ranges::Mixed(_) => 0,
             Ranges::Token { group, .. } => self.channels / group,
         }
     }
@@ -289,7 +317,7 @@ impl SideQuantizer {
     /// Channels that share a per-token scale: all of them for token scope.
     pub fn group_channels(&self) -> usize {
         match &self.ranges {
-            Ranges::Channel { .. } | Ranges::Mixed { .. } => self.channels,
+            Ranges::Channel { .. } | Ranges::Mixed(_) => self.channels,
             Ranges::Token { group, .. } => *group,
         }
     }
@@ -317,12 +345,7 @@ impl SideQuantizer {
         out.outliers.clear();
         match &self.ranges {
             Ranges::Channel { lower, upper, bounds, keep_outliers } => {
-                // code = number of midpoints below x
-                for bound in bounds {
-                    for ((code, x), b) in out.codes.iter_mut().zip(x).zip(bound) {
-                        *code += (x > b) as u8;
-                    }
-                }
+                count::below(x, bounds, &mut out.codes);
                 if *keep_outliers {
                     for (c, ((&v, &l), &u)) in x.iter().zip(lower).zip(upper).enumerate() {
                         if v < l || v > u {
@@ -331,13 +354,15 @@ impl SideQuantizer {
                     }
                 }
             }
-            Ranges::Mixed { lower, upper, places, middles } => {
-                for (c, &v) in x.iter().enumerate() {
-                    let place = places[c] as usize;
-                    out.codes[c] = middles[place].partition_point(|m| *m < v) as u8;
+            Ranges::Mixed(MixedRanges { lower, upper, places, bounds, wide }) => {
+                count::below(x, bounds, &mut out.codes);
+                for (c, middles) in wide {
+                    out.codes[*c] = middles.partition_point(|m| *m < x[*c]) as u8;
+                }
+                for (c, ((&v, &l), &u)) in x.iter().zip(lower).zip(upper).enumerate() {
                     // Beyond all that calibration saw: kept exactly.
-                    if v < lower[c] || v > upper[c] {
-                        self.keep(c, v, self.lut.dense(place, out.codes[c]), out)?;
+                    if v < l || v > u {
+                        self.keep(c, v, self.lut.dense(places[c] as usize, out.codes[c]), out)?;
                     }
                 }
             }
@@ -385,11 +410,7 @@ impl SideQuantizer {
         let (s, z) = (scale.to_f32(), zero.to_f32());
         let inverse = if s != 0.0 { 1.0 / s } else { 0.0 };
         let codes = &mut out.codes[first..first + x.len()];
-        for m in &self.middles {
-            for (code, v) in codes.iter_mut().zip(x) {
-                *code += ((v - z) * inverse > *m) as u8;
-            }
-        }
+        count::below_scaled(x, z, inverse, &self.middles, codes);
         for &i in &kept_apart {
             let dense = s * self.lut.dense(first + i, out.codes[first + i]) + z;
             self.keep(first + i, x[i], dense, out)?;
@@ -410,7 +431,7 @@ impl SideQuantizer {
     pub fn dequantize(&self, codes: &TokenCodes, out: &mut [f32]) {
         let group = self.group_channels();
         for (c, (x, &code)) in out.iter_mut().zip(&codes.codes).enumerate() {
-            *x = if let Ranges::Mixed { places, .. } = &self.ranges {
+            *x = if let Ranges::Mixed(MixedRanges { places, .. }) = &self.ranges {
                 self.lut.dense(places[c] as usize, code)
             } else if self.lut.per_channel {
                 self.lut.dense(c, code)

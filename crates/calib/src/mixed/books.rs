@@ -1,5 +1,6 @@
 //! For every channel of a side: signposts at every width, and what they cost.
 
+use half::f16;
 use kvquant_quant::Side;
 use rayon::prelude::*;
 
@@ -55,7 +56,9 @@ impl Books {
                 angles
             }
             Side::Value => {
-                let bases = transform::value_bases(&data.values, width, data.head_dim);
+                let mut bases = transform::value_bases(&data.values, width, data.head_dim);
+                // As they are stored.
+                bases.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
                 // The basis is orthogonal: gradients turn as values do.
                 for x in [&mut data.values, &mut data.gradients] {
                     transform::project(x, &bases, data.head_dim);
