@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 use kvquant_kernels::attend::{CodedView, HeadLut, Outliers, SideView, TokenScales, ViewError};
-use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, pack_unit, set_code, sum_of, unit_bytes};
+use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, pack_unit, set_code, set_codes, sum_of, unit_bytes};
 use kvquant_quant::{Outlier, SideQuantizer, TokenCodes};
 
 use crate::bytes::Bytes;
@@ -347,10 +347,7 @@ impl CodedBlock {
         for ((unit, &bits), channels) in
             l.starts.windows(2).zip(&l.widths).zip(l.channels.as_chunks::<UNIT_CHANNELS>().0)
         {
-            let unit = &mut all[unit[0]..unit[1]];
-            for (i, &c) in channels.iter().enumerate() {
-                set_code(unit, bits as u32, i, token, codes.codes[c as usize]);
-            }
+            set_codes(&mut all[unit[0]..unit[1]], bits as u32, token, channels.map(|c| codes.codes[c as usize]));
         }
         let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut self.fixed);
         let (scales, zeros) = halves[place.scales.clone()].split_at_mut(l.scales());

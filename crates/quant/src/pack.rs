@@ -63,6 +63,39 @@ pub fn set_code(unit: &mut [u8], bits: u32, channel_in_unit: usize, token: usize
     });
 }
 
+/// Writes one token's codes of a unit.
+#[inline]
+pub fn set_codes(unit: &mut [u8], bits: u32, token: usize, codes: [u8; UNIT_CHANNELS]) {
+    let (i, half) = (token % VECTOR, (token / VECTOR) as u32);
+    let mut plane = |first: usize, bits: u32, from: u32| {
+        let [a, b, c, d] = codes.map(|code| code >> from & ((1 << bits) - 1));
+        let mut put = |vector: usize, mask: u8, field: u8, shift: u32| {
+            let byte = &mut unit[first + vector * VECTOR + i];
+            *byte = *byte & !(mask << shift) | field << shift;
+        };
+        match bits {
+            0 => {}
+            1 => put(0, 0b0101_0101, a | b << 2 | c << 4 | d << 6, half),
+            2 => {
+                put(0, 0b0011_0011, a | b << 4, 2 * half);
+                put(1, 0b0011_0011, c | d << 4, 2 * half);
+            }
+            3 => {
+                for (v, code) in [a, b, c].into_iter().enumerate() {
+                    put(v, 15, code | (d >> v & 1) << 3, 4 * half);
+                }
+            }
+            _ => {
+                for (v, code) in [a, b, c, d].into_iter().enumerate() {
+                    put(v, 15, code, 4 * half);
+                }
+            }
+        }
+    };
+    plane(0, bits.min(LOW_BITS), 0);
+    plane(unit_bytes(LOW_BITS), bits.saturating_sub(LOW_BITS), LOW_BITS);
+}
+
 /// Writes all codes of a unit, channel by channel.
 pub fn pack_unit(bits: u32, codes: [&[u8; BLOCK_TOKENS]; UNIT_CHANNELS], unit: &mut [u8]) {
     let (low, high) = unit.split_at_mut(unit_bytes(bits.min(LOW_BITS)));
@@ -144,6 +177,11 @@ mod tests {
             let mut whole = vec![0xaau8; unit_bytes(bits)];
             pack_unit(bits, rows.each_ref(), &mut whole);
             assert_eq!(whole, unit, "{bits} bits");
+            let mut by_token = vec![0xaau8; unit_bytes(bits)];
+            for t in 0..64 {
+                set_codes(&mut by_token, bits, t, std::array::from_fn(|c| code(c, t)));
+            }
+            assert_eq!(by_token, unit, "{bits} bits, token by token");
         }
     }
 
