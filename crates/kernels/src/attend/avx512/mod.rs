@@ -37,21 +37,3 @@ fn multiply_add(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
     }
     sums
 }
-
-/// [`multiply_add`] with two neighbours that are the same in every lane. They are read by the instruction itself: a register
-/// that holds them many times over would take a shuffle to fill.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn multiply_add_same(mut sums: __m512i, a: __m512i, b: &i32) -> __m512i {
-    // SAFETY: VNNI is enabled for this function; it reads the 4 bytes of `b`.
-    unsafe {
-        asm!(
-            "vpdpwssd {sums}, {a}, dword ptr [{b}]{{1to16}}",
-            sums = inout(zmm_reg) sums,
-            a = in(zmm_reg) a,
-            b = in(reg) b,
-            options(pure, readonly, nostack, preserves_flags)
-        );
-    }
-    sums
-}

@@ -13,7 +13,7 @@ use super::super::avx2::outliers;
 use super::super::avx2::score::{integers, steps_of};
 use super::super::avx2::unpack::{by_rows, by_width, units};
 use super::super::view::{CodedView, Run, TOKENS};
-use super::multiply_add_same;
+use super::multiply_add;
 use super::unpack::{self, Signposts};
 use crate::rope::{BlockTable, Turns16};
 
@@ -90,9 +90,9 @@ fn add_pair<const R: usize>(sums: &mut Sums<R>, pass: &Pass<'_, R>, pair: usize,
         let (low, high) = (_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b));
         for r in 0..R {
             // SAFETY: every query holds all pairs of the head.
-            let q = unsafe { pass.queries[r].get_unchecked(pair) };
-            sums[r][2 * h] = multiply_add_same(sums[r][2 * h], low, q);
-            sums[r][2 * h + 1] = multiply_add_same(sums[r][2 * h + 1], high, q);
+            let q = _mm512_set1_epi32(unsafe { *pass.queries[r].get_unchecked(pair) });
+            sums[r][2 * h] = multiply_add(sums[r][2 * h], low, q);
+            sums[r][2 * h + 1] = multiply_add(sums[r][2 * h + 1], high, q);
         }
     }
 }
