@@ -12,6 +12,8 @@ use crate::coded::{CodedBlock, Layout, Quantizers};
 
 /// How many blocks the list of a layer grows by, so that its spare room stays small.
 const GROW_BLOCKS: usize = 16;
+/// Bytes of a block's header, which lies beside the two counts of its Arc.
+const HEADER: usize = size_of::<Block>() + 2 * size_of::<usize>();
 
 /// Codes and layouts of a layer of a quantized cache.
 #[derive(Debug)]
@@ -264,6 +266,13 @@ impl Layer {
             .count()
     }
 
+    /// Bytes of the blocks that no longer change, headers included, and their tokens.
+    pub fn finished_bytes(&self) -> (usize, usize) {
+        let n = self.finished();
+        let data: usize = self.blocks[..n].iter().map(|b| b.bytes(&self.context()).total()).sum();
+        (data + n * (size_of::<Arc<Block>>() + HEADER), n * BLOCK_TOKENS)
+    }
+
     /// Whether there is a block to [`repeat`](Layer::repeat).
     pub fn can_repeat(&self) -> bool {
         self.finished() > 0
@@ -328,15 +337,13 @@ impl Layer {
         for block in &self.blocks {
             all += block.bytes(&self.context());
         }
-        // A block's header lies beside the two counts of its Arc.
-        let header = size_of::<Block>() + 2 * size_of::<usize>();
-        all.index += self.blocks.capacity() * size_of::<Arc<Block>>() + self.blocks.len() * header;
+        all.index += self.blocks.capacity() * size_of::<Arc<Block>>() + self.blocks.len() * HEADER;
         all
     }
 
     /// Bytes that `tokens` tokens take, about; outliers a quarter above the share that the spec asks for.
     pub fn bytes_for(&self, tokens: usize, outlier_share: f64) -> usize {
-        let header = size_of::<Arc<Block>>() + size_of::<Block>() + 2 * size_of::<usize>();
+        let header = size_of::<Arc<Block>>() + HEADER;
         let rows = |n: usize| 4 * n * self.channels;
         // A window keeps a block more than it sees, and the open one.
         let kept = self.window.map_or(tokens, |w| tokens.min(w.saturating_add(3 * BLOCK_TOKENS)));

@@ -463,6 +463,15 @@ impl Cache {
         let elements = 2 * self.shape.channels() * tokens;
         if elements == 0 { 0.0 } else { 8.0 * self.bytes().total() as f64 / elements as f64 }
     }
+
+    /// Bits per element that an endless context would come to: what the blocks take that are full and no longer change,
+    /// headers included; without sinks, the recent window and the open block, whose share vanishes. `None` before the
+    /// first such block.
+    pub fn bits_at_infinity(&self) -> Option<f64> {
+        let blocks = self.layers.iter().map(Layer::finished_bytes);
+        let (bytes, tokens) = blocks.fold((0, 0), |all, of| (all.0 + of.0, all.1 + of.1));
+        (tokens > 0).then(|| 8.0 * bytes as f64 / (2 * self.shape.channels() * tokens) as f64)
+    }
 }
 
 fn check_shape(shape: &CacheShape, spec: &Spec, attention: &LayerAttention) -> Result<(), CacheError> {

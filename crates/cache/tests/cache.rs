@@ -247,6 +247,29 @@ fn every_stored_byte_is_counted() {
 }
 
 #[test]
+fn the_bits_of_an_endless_context_leave_out_what_does_not_grow() {
+    let t = tokens(200);
+    // One full block: codes, two scales and zero points a token, counts, and what finds the block.
+    let mut c = cache("nuq3+sink1+recent32");
+    feed(&mut c, &t, 0, &[64], Prefill::Quantized);
+    assert_eq!(c.bits_at_infinity(), None, "all tokens are in the recent window");
+    feed(&mut c, &t, 64, &[136], Prefill::Quantized);
+    let b = c.bytes();
+    let header = 2.0 * (8.0 * (b.index as f64 / (2.0 * 64.0 * 64.0 * 2.0)));
+    let bits = c.bits_at_infinity().unwrap();
+    let fixed = 3.0 + 8.0 * (64 * 2 * 2 + 2 * (64 / 4) + 4) as f64 / (2 * 64 * 64) as f64;
+    assert!(bits > fixed && bits < fixed + header, "{bits} {fixed} {header}");
+    // What follows is more of the same.
+    let mut plain = cache("nuq3");
+    feed(&mut plain, &t, 0, &[200], Prefill::Quantized);
+    assert!((plain.bits_at_infinity().unwrap() - bits).abs() < 1e-12);
+    assert!(bits < c.bits_per_element() && bits < plain.bits_per_element());
+    let mut exact = cache("fp16");
+    feed(&mut exact, &t, 0, &[200], Prefill::Quantized);
+    assert!((16.0..16.2).contains(&exact.bits_at_infinity().unwrap()));
+}
+
+#[test]
 fn broken_activations_are_refused_and_leave_the_cache_as_it_was() {
     let t = tokens(80);
     for spec in SPECS {

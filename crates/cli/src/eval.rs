@@ -14,7 +14,7 @@ use crate::quantizers;
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  kvquant eval smollm2-135m --text book.txt --kv fp16,mix4+sink1,mix3+sink1 --windows 2 --plot quality.svg\n\nThe text is cut into windows from its start, the first token of a window is not scored. For models that expect a beginning-of-text token, it takes the place of the first.\nBits count everything that the cache stores, at the end of a window."
+    after_help = "Example:\n  kvquant eval smollm2-135m --text book.txt --kv fp16,mix4+sink1,mix3+sink1 --windows 2 --plot quality.svg\n\nThe text is cut into windows from its start, the first token of a window is not scored. For models that expect a beginning-of-text token, it takes the place of the first.\nBits count everything that the cache stores, at the end of a window; `at ∞` is what they come to in an endless context: full blocks alone, without first and recent tokens in fp16. `late half` is the mean KL divergence of the tokens in the second half of each window."
 )]
 pub struct Args {
     /// Known model, GGUF file or Hugging Face folder

@@ -8,7 +8,7 @@ use anyhow::Result;
 use kvquant_kernels::weights::WeightType;
 use kvquant_model::gguf::Value;
 use kvquant_model::{Config, Gguf, Source, pull};
-use kvquant_quant::{MixedFit, Quantizer, SideFit};
+use kvquant_quant::Quantizer;
 use serde_json::json;
 
 use crate::failure::Input;
@@ -123,12 +123,6 @@ fn types(g: &Gguf) -> BTreeMap<String, (usize, u64)> {
     types
 }
 
-/// What a side of a layer takes in the file.
-fn fit_bytes(s: &SideFit) -> usize {
-    let plain = 4 * (s.lower.len() + s.upper.len() + s.encode.len() + s.decode.len());
-    plain + s.mixed.as_ref().map_or(0, MixedFit::file_bytes)
-}
-
 fn quantizer(path: &Path) -> Result<serde_json::Value> {
     let q = Quantizer::load(path)?;
     let fits: BTreeMap<String, String> = q
@@ -136,7 +130,6 @@ fn quantizer(path: &Path) -> Result<serde_json::Value> {
         .iter()
         .map(|f| {
             let sides = || f.layers.iter().flat_map(|l| [&l.keys, &l.values]);
-            let size: usize = sides().map(fit_bytes).sum();
             let widths: Vec<u8> = sides().filter_map(|s| s.mixed.as_ref()).flat_map(|m| m.widths.clone()).collect();
             let book = match sides().next().map_or(0, |s| s.encode.len()) {
                 _ if !widths.is_empty() => {
@@ -147,7 +140,7 @@ fn quantizer(path: &Path) -> Result<serde_json::Value> {
                 0 => "thresholds only".to_string(),
                 n => format!("{}-bit codebooks", n.ilog2()),
             };
-            (f.spec.fit_key(), format!("{book}, {} layers, {}", f.layers.len(), bytes(size as f64)))
+            (f.spec.fit_key(), format!("{book}, {} layers, {}", f.layers.len(), bytes(f.file_bytes() as f64)))
         })
         .collect();
     let size = std::fs::metadata(path).map_or(0, |m| m.len());

@@ -2,7 +2,7 @@
 
 use kvquant_cache::{Cache, Prefill};
 use kvquant_model::{ForwardError, Logits, Model, Step};
-use kvquant_quant::{Quantizer, Spec};
+use kvquant_quant::{Fit, Quantizer, Spec};
 
 use crate::report::{EvalResult, Report};
 use crate::score::{Score, score};
@@ -96,7 +96,7 @@ pub fn evaluate(
     let vocab = model.config.vocab;
     let mut scores: Vec<Vec<Score>> = vec![Vec::new(); candidates.len()];
     let mut reference_scores = Vec::new();
-    let mut sizes = vec![(0.0, 0.0); candidates.len()];
+    let mut sizes = vec![Size::default(); candidates.len()];
     let mut done = 0;
     for window in ids[first_window * ctx..need].chunks_exact(ctx) {
         let mut window = window.to_vec();
@@ -129,25 +129,34 @@ pub fn evaluate(
         }
         for ((size, cache), (_, spec, _)) in sizes.iter_mut().zip(&caches).zip(candidates) {
             let cache = if *spec == Spec::Fp16 { &reference } else { cache };
-            size.0 += cache.bits_per_element() / windows as f64;
-            size.1 += cache.bytes().total() as f64 / ctx as f64 / windows as f64;
+            size.bits += cache.bits_per_element() / windows as f64;
+            size.at_infinity.extend(cache.bits_at_infinity());
+            size.bytes_per_token += cache.bytes().total() as f64 / ctx as f64 / windows as f64;
         }
     }
-    let fp16 = perplexity(&reference_scores);
+    let (fp16, fp16_late) = (perplexity(&reference_scores), perplexity(&late(&reference_scores, ctx)));
     let results = candidates
         .iter()
         .zip(&scores)
         .zip(&sizes)
-        .map(|(((kv, _, _), scores), size)| {
-            let ppl = perplexity(scores);
+        .map(|(((kv, spec, quantizer), scores), size)| {
+            let late = late(scores, ctx);
+            let (ppl, late_ppl) = (perplexity(scores), perplexity(&late));
+            let fit = quantizer.filter(|_| spec.needs_fit()).and_then(|q| q.fit(spec).ok());
+            let whole = !size.at_infinity.is_empty();
             EvalResult {
                 kv: kv.clone(),
-                bits_per_element: size.0,
-                cache_bytes_per_token: size.1,
+                bits_per_element: size.bits,
+                bits_at_infinity: whole.then(|| mean(size.at_infinity.iter().copied())),
+                quantizer_bytes: fit.map_or(0, Fit::file_bytes),
+                cache_bytes_per_token: size.bytes_per_token,
                 ppl,
                 ppl_delta: ppl / fp16 - 1.0,
                 kld_mean: mean(scores.iter().map(|s| s.kld)),
                 kld_p999: percentile(scores.iter().map(|s| s.kld).collect(), 0.999),
+                late_ppl,
+                late_ppl_delta: late_ppl / fp16_late - 1.0,
+                late_kld_mean: mean(late.iter().map(|s| s.kld)),
                 top1_agreement: mean(scores.iter().map(|s| s.agrees as u8 as f64)),
             }
         })
@@ -160,6 +169,21 @@ pub fn evaluate(
         prefill: if prefill == Prefill::Exact { "exact" } else { "quantized" }.into(),
         results,
     })
+}
+
+/// What a cache took, averaged over windows.
+#[derive(Clone, Default)]
+struct Size {
+    bits: f64,
+    /// One entry a window that has a full block.
+    at_infinity: Vec<f64>,
+    bytes_per_token: f64,
+}
+
+/// Scores of the tokens from place `ctx / 2` of their window on; a window has `ctx - 1` scores, since its first token has
+/// none.
+fn late(scores: &[Score], ctx: usize) -> Vec<Score> {
+    scores.chunks(ctx - 1).flat_map(|window| &window[ctx / 2 - 1..]).copied().collect()
 }
 
 fn mean(x: impl ExactSizeIterator<Item = f64>) -> f64 {
@@ -191,6 +215,19 @@ mod tests {
         assert_eq!(percentile(x, 1.0), 1000.0);
         assert_eq!(percentile(vec![3.0, 1.0], 0.5), 1.0);
         assert_eq!(percentile(vec![], 0.5), 0.0);
+    }
+
+    #[test]
+    fn the_late_half_is_that_of_every_window() {
+        // Two windows: a score is the place of the token that is predicted.
+        let of = |ctx: usize| -> Vec<Score> {
+            let window = (1..ctx).map(|place| Score { nll: place as f64, kld: 0.0, agrees: true });
+            window.clone().chain(window).collect()
+        };
+        let places = |ctx| late(&of(ctx), ctx).iter().map(|s| s.nll as usize).collect::<Vec<_>>();
+        assert_eq!(places(2), [1, 1]);
+        assert_eq!(places(5), [2, 3, 4, 2, 3, 4]);
+        assert_eq!(places(8), [4, 5, 6, 7, 4, 5, 6, 7]);
     }
 
     #[test]

@@ -9,6 +9,11 @@ pub struct EvalResult {
     pub kv: String,
     /// All stored bits per key or value element, at the end of a window.
     pub bits_per_element: f64,
+    /// Bits per element that an endless context would come to: full blocks alone, without sinks, the recent window and
+    /// the open block. Null where windows are too short for a full block.
+    pub bits_at_infinity: Option<f64>,
+    /// Bytes of the fit that the cache uses, in a quantizer file; once a model, not counted in the bits.
+    pub quantizer_bytes: usize,
     /// All stored bytes per token, at the end of a window.
     pub cache_bytes_per_token: f64,
     /// Perplexity.
@@ -19,6 +24,13 @@ pub struct EvalResult {
     pub kld_mean: f64,
     /// Its 99.9 percentile.
     pub kld_p999: f64,
+    /// Perplexity of the tokens in the late half of each window (places from `ctx / 2` on) alone: a recent window hides
+    /// all there is to lose from the first queries of a window.
+    pub late_ppl: f64,
+    /// Likewise over that of the fp16 cache, less 1.
+    pub late_ppl_delta: f64,
+    /// Mean KL divergence where these tokens are predicted.
+    pub late_kld_mean: f64,
     /// Share of positions whose most likely token is that of the fp16 cache.
     pub top1_agreement: f64,
 }
@@ -43,16 +55,29 @@ pub struct Report {
 impl Report {
     /// A Markdown table that also reads well in a terminal.
     pub fn table(&self) -> String {
-        let head = ["cache", "bits", "bytes/token", "perplexity", "change", "mean KLD", "99.9 % KLD", "top-1"];
+        let head = [
+            "cache",
+            "bits",
+            "at ∞",
+            "bytes/token",
+            "perplexity",
+            "change",
+            "mean KLD",
+            "late half",
+            "99.9 % KLD",
+            "top-1",
+        ];
         let mut rows = vec![head.map(String::from)];
         rows.extend(self.results.iter().map(|r| {
             [
                 r.kv.clone(),
                 format!("{:.2}", r.bits_per_element),
+                r.bits_at_infinity.map_or("-".into(), |bits| format!("{bits:.2}")),
                 format!("{:.0}", r.cache_bytes_per_token),
                 format!("{:.3}", r.ppl),
                 format!("{:+.2} %", 100.0 * r.ppl_delta),
                 format!("{:.4}", r.kld_mean),
+                format!("{:.4}", r.late_kld_mean),
                 format!("{:.3}", r.kld_p999),
                 format!("{:.1} %", 100.0 * r.top1_agreement),
             ]
@@ -91,11 +116,16 @@ mod tests {
         let r = |kv: &str, bits, kld| EvalResult {
             kv: kv.into(),
             bits_per_element: bits,
+            bits_at_infinity: (bits < 16.0).then_some(bits - 0.1),
+            quantizer_bytes: 100,
             cache_bytes_per_token: 1440.0 * bits,
             ppl: 20.0 + kld,
             ppl_delta: kld / 20.0,
             kld_mean: kld,
             kld_p999: 20.0 * kld,
+            late_ppl: 19.0 + kld,
+            late_ppl_delta: kld / 19.0,
+            late_kld_mean: 1.1 * kld,
             top1_agreement: 1.0 - kld,
         };
         Report {
@@ -120,11 +150,16 @@ mod tests {
         let mut want = [
             "kv",
             "bits_per_element",
+            "bits_at_infinity",
+            "quantizer_bytes",
             "cache_bytes_per_token",
             "ppl",
             "ppl_delta",
             "kld_mean",
             "kld_p999",
+            "late_ppl",
+            "late_ppl_delta",
+            "late_kld_mean",
             "top1_agreement",
         ]
         .map(String::from);
@@ -139,7 +174,8 @@ mod tests {
         let t = report().table();
         let lengths: Vec<usize> = t.lines().map(|l| l.chars().count()).collect();
         assert!(lengths.windows(2).all(|w| w[0] == w[1]), "{t}");
-        assert!(t.contains("| nuq3-1%+sink1 |") && t.contains("93.0 %"), "{t}");
+        assert!(t.contains("| nuq3-1%+sink1 |  3.40 | 3.30 |") && t.contains("93.0 %"), "{t}");
+        assert!(t.contains("| 16.00 |    - |"), "{t}");
     }
 
     #[test]

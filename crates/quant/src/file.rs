@@ -76,6 +76,14 @@ pub struct SideFit {
     pub mixed: Option<MixedFit>,
 }
 
+impl SideFit {
+    /// Bytes in a quantizer file.
+    pub fn file_bytes(&self) -> usize {
+        let plain = 4 * (self.lower.len() + self.upper.len() + self.encode.len() + self.decode.len());
+        plain + self.mixed.as_ref().map_or(0, MixedFit::file_bytes)
+    }
+}
+
 /// The fit of one layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerFit {
@@ -92,6 +100,13 @@ pub struct Fit {
     pub spec: Spec,
     /// One entry a layer.
     pub layers: Vec<LayerFit>,
+}
+
+impl Fit {
+    /// Bytes of its numbers in a quantizer file, all layers.
+    pub fn file_bytes(&self) -> usize {
+        self.layers.iter().flat_map(|l| [&l.keys, &l.values]).map(SideFit::file_bytes).sum()
+    }
 }
 
 /// Fits of one model.

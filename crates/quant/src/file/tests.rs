@@ -54,6 +54,15 @@ fn a_file_survives_a_round_trip() {
 }
 
 #[test]
+fn a_fit_knows_what_it_takes_in_a_file() {
+    for fit in quantizer().fits {
+        let one = |fits| Quantizer { fits, ..quantizer() }.to_bytes().unwrap();
+        let data = |file: &[u8]| file.len() - 8 - u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+        assert_eq!(data(&one(vec![fit.clone()])), fit.file_bytes(), "{}", fit.spec);
+    }
+}
+
+#[test]
 fn a_failed_write_leaves_the_old_file() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("q.safetensors");
