@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use kvquant_cache::Prefill;
-use kvquant_eval::{EvalOptions, Report, evaluate};
+use kvquant_eval::{Candidate, EvalOptions, Format, Report, evaluate};
 use kvquant_quant::Spec;
 
 use crate::calibrate::{Source, fit};
@@ -43,7 +43,7 @@ pub struct Args {
 }
 
 /// A table: what it shows, and its caches.
-const TABLES: [(&str, &[&str]); 9] = [
+const TABLES: [(&str, &[&str]); 10] = [
     ("Widths", &["fp16", "nuq4-1%+sink1", "nuq3-1%+sink1", "nuq2-1%+sink1"]),
     (
         "Scopes: keys per channel or token, values per token or channel",
@@ -56,6 +56,20 @@ const TABLES: [(&str, &[&str]); 9] = [
         &["nuq3-1%+sink1", "mix4+sink1", "mix3+sink1", "mix2.5+sink1", "mix2+sink1", "mix3+sink1+recent32"],
     ),
     ("Scales of 32 channels, as other programs have them", &["nuq4-1%+sink1", "int4-g32", "mix4+sink1"]),
+    (
+        "Other programs' formats, simulated",
+        &[
+            "mix4+sink1",
+            "mix3+sink1",
+            "sim:q8_0",
+            "sim:q4_0",
+            "sim:q4_0-rot",
+            "sim:kivi4-g32",
+            "sim:kivi2-g32",
+            "sim:turbo4",
+            "sim:turbo3",
+        ],
+    ),
     ("Outliers and sinks", &["nuq3-1%+sink1", "nuq3-1%", "nuq3+sink1", "nuq3", "nuq3-1%+sink1+recent32"]),
     (
         "Weights of the codebook fit, and Q-Norm",
@@ -73,11 +87,13 @@ pub fn run(args: Args) -> Result<()> {
             names.push(name);
         }
     }
-    let specs: Vec<Spec> = names.iter().map(|n| n.parse()).collect::<Result<_, _>>()?;
+    let formats: Vec<Format> = names.iter().map(|n| n.parse()).collect::<Result<_, _>>()?;
+    let specs: Vec<&Spec> = formats.iter().filter_map(Format::spec).collect();
     let quantizer = match &args.quantizer {
-        Some(path) => quantizers::find(Some(path), &loaded.model, &specs.iter().collect::<Vec<_>>())?,
+        Some(path) => quantizers::find(Some(path), &loaded.model, &specs)?,
         None => {
-            let needed: Vec<Spec> = specs.iter().filter(|s| s.needs_fit() && s.recent() == 0).cloned().collect();
+            let needed: Vec<Spec> =
+                specs.iter().filter(|s| s.needs_fit() && s.recent() == 0).map(|s| (*s).clone()).collect();
             let q = fit(&loaded, &args.source, &needed)?;
             if let Some(path) = &args.save_quantizer {
                 q.save(path)?;
@@ -86,8 +102,11 @@ pub fn run(args: Args) -> Result<()> {
         }
     };
     let ids = loaded.tokenizer.encode(&text, false)?;
-    let candidates: Vec<_> =
-        names.iter().zip(&specs).map(|(n, s)| (n.to_string(), s.clone(), quantizer.as_ref())).collect();
+    let candidates: Vec<_> = names
+        .iter()
+        .zip(&formats)
+        .map(|(n, f)| Candidate { name: n.to_string(), format: f.clone(), quantizer: quantizer.as_ref() })
+        .collect();
     let options = EvalOptions {
         ctx: args.source.ctx(),
         windows: args.eval_windows,

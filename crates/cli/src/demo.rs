@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use kvquant_cache::Prefill;
-use kvquant_eval::{EvalOptions, evaluate, table};
+use kvquant_eval::{Candidate, EvalOptions, Format, evaluate, table};
 use kvquant_model::generate::{Event, GenerateOptions, generate};
 use kvquant_model::pull::KNOWN;
 use kvquant_model::sampling::{Sampler, SamplingParams};
@@ -94,7 +94,10 @@ pub fn run(args: Args) -> Result<()> {
         prefill: Prefill::Quantized,
         bos: loaded.bos(),
     };
-    let candidates: Vec<_> = specs.iter().map(|s| (s.to_string(), s.clone(), quantizer.as_ref())).collect();
+    let candidates: Vec<_> = specs
+        .iter()
+        .map(|s| Candidate { name: s.to_string(), format: Format::Cache(s.clone()), quantizer: quantizer.as_ref() })
+        .collect();
     let mut progress = Progress::new();
     let report =
         evaluate(&loaded.model, &loaded.name, &text, "the handbook", &candidates, &options, &mut |done, total| {

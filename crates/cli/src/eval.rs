@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use kvquant_cache::Prefill;
-use kvquant_eval::{EvalOptions, evaluate};
+use kvquant_eval::{Candidate, EvalOptions, evaluate};
 use kvquant_quant::Spec;
 
 use crate::models;
@@ -22,7 +22,8 @@ pub struct Args {
     /// Text to measure on
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
-    /// Caches, separated by commas
+    /// Caches, separated by commas; also sim:q8_0, sim:q4_0, sim:q4_0-rot, sim:kivi4-g32, sim:kivi2-g32, sim:turbo4 and
+    /// sim:turbo3, other programs' formats, simulated
     #[arg(
         long,
         value_name = "SPECS",
@@ -69,13 +70,14 @@ impl From<PrefillArg> for Prefill {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let kvs = models::specs(&args.kv)?;
+    let kvs = models::formats(&args.kv)?;
     let text = read_text(&args.text)?;
     let loaded = models::load(&args.model, Some(args.ctx))?;
-    let specs: Vec<&Spec> = kvs.iter().map(|(_, s)| s).collect();
+    let specs: Vec<&Spec> = kvs.iter().filter_map(|(_, f)| f.spec()).collect();
     let quantizer = quantizers::find(args.quantizer.as_deref(), &loaded.model, &specs)?;
     let ids = loaded.tokenizer.encode(&text, false)?;
-    let candidates: Vec<_> = kvs.into_iter().map(|(name, s)| (name, s, quantizer.as_ref())).collect();
+    let candidates: Vec<_> =
+        kvs.into_iter().map(|(name, format)| Candidate { name, format, quantizer: quantizer.as_ref() }).collect();
     let options = EvalOptions {
         ctx: args.ctx,
         windows: args.windows,
@@ -96,6 +98,9 @@ pub fn run(args: Args) -> Result<()> {
         say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{}", report.table());
+        if report.results.iter().any(|r| r.simulated) {
+            say!("sim: other programs' formats, simulated in an fp16 cache; bits by formula (docs/specs.md)");
+        }
     }
     Ok(())
 }

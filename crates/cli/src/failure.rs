@@ -5,7 +5,7 @@ use anyhow::Error;
 use kvquant_cache::{CacheError, SessionError};
 use kvquant_calib::CalibError;
 use kvquant_cuda::CudaError;
-use kvquant_eval::EvalError;
+use kvquant_eval::{EvalError, FormatError};
 use kvquant_kernels::dispatch::DispatchError;
 use kvquant_model::ForwardError;
 use kvquant_model::pull::PullError;
@@ -46,6 +46,7 @@ pub fn is_input(e: &Error) -> bool {
     e.chain().any(|c| {
         c.is::<Input>()
             || c.is::<SpecError>()
+            || c.is::<FormatError>()
             || c.is::<SourceError>()
             || c.is::<TokenizerError>()
             || c.is::<TemplateError>()
@@ -63,7 +64,10 @@ pub fn is_input(e: &Error) -> bool {
             || matches!(c.downcast_ref(), Some(CalibError::Forward(f)) if forward(f))
             || c.downcast_ref().is_some_and(|e| match e {
                 EvalError::Forward(f) => forward(f),
-                EvalError::TextTooShort { .. } | EvalError::Context { .. } | EvalError::NoWindows => true,
+                EvalError::TextTooShort { .. }
+                | EvalError::Context { .. }
+                | EvalError::Simulated { .. }
+                | EvalError::NoWindows => true,
                 EvalError::Plot(_) => false,
             })
     })

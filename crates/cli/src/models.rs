@@ -1,10 +1,12 @@
 //! MODEL and --kv arguments to loaded things.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::OnceLock;
 
 use anyhow::Result;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
+use kvquant_eval::Format;
 use kvquant_model::{Activations, ChatTemplate, Model, Source, Tokenizer, pull};
 use kvquant_quant::Spec;
 
@@ -63,11 +65,20 @@ impl Loaded {
 
 /// Cache specs, separated by commas.
 pub fn specs(list: &str) -> Result<Vec<(String, Spec)>> {
+    listed(list)
+}
+
+/// Cache specs and simulated formats, separated by commas.
+pub fn formats(list: &str) -> Result<Vec<(String, Format)>> {
+    listed(list)
+}
+
+fn listed<T: FromStr<Err: std::error::Error + Send + Sync + 'static>>(list: &str) -> Result<Vec<(String, T)>> {
     let all: Vec<_> = list
         .split(',')
         .map(|s| s.trim())
         .filter(|s| !s.is_empty())
-        .map(|s| Ok((s.to_string(), s.parse::<Spec>()?)))
+        .map(|s| Ok((s.to_string(), s.parse::<T>()?)))
         .collect::<Result<_>>()?;
     if all.is_empty() {
         return Err(Input("--kv names no cache; for example --kv fp16,mix3+sink1".into()).into());

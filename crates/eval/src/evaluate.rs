@@ -1,9 +1,10 @@
 //! Windows of a text through several caches at once.
 
-use kvquant_cache::{Cache, Prefill};
-use kvquant_model::{ForwardError, Logits, Model, Step};
-use kvquant_quant::{Fit, Quantizer, Spec};
+use kvquant_cache::Prefill;
+use kvquant_model::{ForwardError, Logits, Model};
+use kvquant_quant::Spec;
 
+use crate::candidate::{Candidate, Format};
 use crate::report::{EvalResult, Report};
 use crate::score::{Score, score};
 
@@ -45,6 +46,14 @@ pub enum EvalError {
     /// No windows.
     #[error("--windows is 0; at least one is needed")]
     NoWindows,
+    /// Another program's format does not work this way.
+    #[error("{name}, which is simulated, {problem}")]
+    Simulated {
+        /// The format.
+        name: String,
+        /// What is in the way.
+        problem: &'static str,
+    },
     /// The plot can't be drawn.
     #[error("cannot draw the plot: {0}")]
     Plot(String),
@@ -64,9 +73,6 @@ pub struct EvalOptions {
     /// Takes the place of the first token of a window, for models that expect a beginning-of-text token.
     pub bos: Option<u32>,
 }
-
-/// A cache to be judged: the spec as the user wrote it, the spec, its quantizer.
-pub type Candidate<'a> = (String, Spec, Option<&'a Quantizer>);
 
 /// Runs windows of `ids` through every cache and an fp16 one. `progress(done, total)` counts tokens.
 ///
@@ -96,30 +102,28 @@ pub fn evaluate(
     let vocab = model.config.vocab;
     let mut scores: Vec<Vec<Score>> = vec![Vec::new(); candidates.len()];
     let mut reference_scores = Vec::new();
-    let mut sizes = vec![Size::default(); candidates.len()];
+    let mut sizes = vec![Sizes::default(); candidates.len()];
+    let fp16 = Candidate { name: String::new(), format: Format::Cache(Spec::Fp16), quantizer: None };
     let mut done = 0;
     for window in ids[first_window * ctx..need].chunks_exact(ctx) {
         let mut window = window.to_vec();
         if let Some(bos) = bos {
             window[0] = bos;
         }
-        let mut reference = model.new_cache(&Spec::Fp16, None)?;
-        let mut caches = candidates
-            .iter()
-            .map(|(_, spec, q)| model.new_cache(spec, *q))
-            .collect::<Result<Vec<Cache>, ForwardError>>()?;
+        let mut reference = fp16.sequence(model, prefill)?;
+        let mut sequences = candidates.iter().map(|c| c.sequence(model, prefill)).collect::<Result<Vec<_>, _>>()?;
         let mut at = 0;
         for tokens in window.chunks(chunk) {
-            let exact = model.forward(&mut [Step { tokens, cache: &mut reference, logits: Logits::All }], prefill)?;
+            let exact = reference.run(tokens, Logits::All, prefill)?;
             let next: Vec<Option<u32>> = (at + 1..=at + tokens.len()).map(|i| window.get(i).copied()).collect();
             let own = score(&exact, &exact, vocab, &next);
-            for ((cache, scores), (_, spec, _)) in caches.iter_mut().zip(&mut scores).zip(candidates) {
-                if *spec == Spec::Fp16 {
+            for ((sequence, scores), candidate) in sequences.iter_mut().zip(&mut scores).zip(candidates) {
+                if candidate.is_reference() {
                     // It is the reference itself: KL divergence 0, not a second run's rounding.
                     scores.extend_from_slice(&own);
                     continue;
                 }
-                let logits = model.forward(&mut [Step { tokens, cache, logits: Logits::All }], prefill)?;
+                let logits = sequence.run(tokens, Logits::All, prefill)?;
                 scores.extend(score(&logits, &exact, vocab, &next));
             }
             reference_scores.extend(own);
@@ -127,35 +131,35 @@ pub fn evaluate(
             done += tokens.len();
             progress(done, windows * ctx);
         }
-        for ((size, cache), (_, spec, _)) in sizes.iter_mut().zip(&caches).zip(candidates) {
-            let cache = if *spec == Spec::Fp16 { &reference } else { cache };
-            size.bits += cache.bits_per_element() / windows as f64;
-            size.at_infinity.extend(cache.bits_at_infinity());
-            size.bytes_per_token += cache.bytes().total() as f64 / ctx as f64 / windows as f64;
+        for ((size, sequence), candidate) in sizes.iter_mut().zip(&sequences).zip(candidates) {
+            let of = if candidate.is_reference() { reference.size() } else { sequence.size() };
+            size.bits += of.bits / windows as f64;
+            size.at_infinity.extend(of.at_infinity);
+            size.bytes_per_token += of.bytes / ctx as f64 / windows as f64;
         }
     }
-    let (fp16, fp16_late) = (perplexity(&reference_scores), perplexity(&late(&reference_scores, ctx)));
+    let (exact, exact_late) = (perplexity(&reference_scores), perplexity(&late(&reference_scores, ctx)));
     let results = candidates
         .iter()
         .zip(&scores)
         .zip(&sizes)
-        .map(|(((kv, spec, quantizer), scores), size)| {
+        .map(|((candidate, scores), size)| {
             let late = late(scores, ctx);
             let (ppl, late_ppl) = (perplexity(scores), perplexity(&late));
-            let fit = quantizer.filter(|_| spec.needs_fit()).and_then(|q| q.fit(spec).ok());
             let whole = !size.at_infinity.is_empty();
             EvalResult {
-                kv: kv.clone(),
+                kv: candidate.name.clone(),
+                simulated: candidate.format.spec().is_none(),
                 bits_per_element: size.bits,
                 bits_at_infinity: whole.then(|| mean(size.at_infinity.iter().copied())),
-                quantizer_bytes: fit.map_or(0, Fit::file_bytes),
+                quantizer_bytes: candidate.quantizer_bytes(),
                 cache_bytes_per_token: size.bytes_per_token,
                 ppl,
-                ppl_delta: ppl / fp16 - 1.0,
+                ppl_delta: ppl / exact - 1.0,
                 kld_mean: mean(scores.iter().map(|s| s.kld)),
                 kld_p999: percentile(scores.iter().map(|s| s.kld).collect(), 0.999),
                 late_ppl,
-                late_ppl_delta: late_ppl / fp16_late - 1.0,
+                late_ppl_delta: late_ppl / exact_late - 1.0,
                 late_kld_mean: mean(late.iter().map(|s| s.kld)),
                 top1_agreement: mean(scores.iter().map(|s| s.agrees as u8 as f64)),
             }
@@ -173,7 +177,7 @@ pub fn evaluate(
 
 /// What a cache took, averaged over windows.
 #[derive(Clone, Default)]
-struct Size {
+struct Sizes {
     bits: f64,
     /// One entry a window that has a full block.
     at_infinity: Vec<f64>,

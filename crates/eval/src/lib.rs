@@ -6,10 +6,14 @@
 //! scored, and early positions have little context. All caches run side by side, chunk by chunk, so that no window's logits
 //! are ever held whole.
 
+mod candidate;
 mod evaluate;
 mod plot;
 mod report;
 mod score;
+mod simulated;
 
-pub use evaluate::{Candidate, EvalError, EvalOptions, evaluate};
+pub use candidate::{Candidate, Format, FormatError};
+pub use evaluate::{EvalError, EvalOptions, evaluate};
 pub use report::{EvalResult, Report, table};
+pub use simulated::{Simulation, SimulationError};

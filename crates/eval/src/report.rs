@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 pub struct EvalResult {
     /// The spec as given.
     pub kv: String,
+    /// Whether it is another program's format, simulated; its bits come from a formula then.
+    pub simulated: bool,
     /// All stored bits per key or value element, at the end of a window.
     pub bits_per_element: f64,
     /// Bits per element that an endless context would come to: full blocks alone, without sinks, the recent window and
@@ -115,6 +117,7 @@ mod tests {
     fn report() -> Report {
         let r = |kv: &str, bits, kld| EvalResult {
             kv: kv.into(),
+            simulated: kv.starts_with("sim:"),
             bits_per_element: bits,
             bits_at_infinity: (bits < 16.0).then_some(bits - 0.1),
             quantizer_bytes: 100,
@@ -149,6 +152,7 @@ mod tests {
         assert_eq!(got, want);
         let mut want = [
             "kv",
+            "simulated",
             "bits_per_element",
             "bits_at_infinity",
             "quantizer_bytes",

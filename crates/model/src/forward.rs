@@ -64,8 +64,9 @@ pub enum ForwardError {
     Tokenizer(#[from] crate::tokenizer::TokenizerError),
 }
 
-/// Sees the keys and values of a pass: layer, keys (before the rotation), values, as they go into the cache.
-pub type Watch<'a> = dyn FnMut(usize, &[f32], &[f32]) + 'a;
+/// Sees the keys and values of a pass: layer, keys (before the rotation), values, as they go into the cache; what it writes
+/// there goes in instead.
+pub type Watch<'a> = dyn FnMut(usize, &mut [f32], &mut [f32]) + 'a;
 
 /// One layer's weights; rows of q and k, and norms of their heads, in the adjacent rope pairing.
 #[derive(Debug)]
@@ -279,7 +280,7 @@ impl Model {
             rms_norm_in_place(&mut w.q, &l.q_norm, c.norm_eps);
             rms_norm_in_place(&mut w.k, &l.k_norm, c.norm_eps);
             scale_rows(&mut w.q, &c.rotary[c.attention[i].rotary].query_scale);
-            watch(i, &w.k, &w.v);
+            watch(i, &mut w.k, &mut w.v);
             w.lap(Stage::Norms);
             extend(i, steps, [&w.q, &w.k, &w.v], [wide, narrow], prefill, &mut w.attended)?;
             w.lap(Stage::Cache);

@@ -66,8 +66,8 @@ fn run(model: &Model, ids: &[u32], chunk: usize, prefill: Prefill) -> BTreeMap<S
         let mut steps = [Step { tokens, cache: &mut cache, logits: Logits::All }];
         let logits = model
             .forward_watched(&mut steps, prefill, &mut |layer, k, v| {
-                seen.entry(format!("keys.{layer}")).or_default().extend(k);
-                seen.entry(format!("values.{layer}")).or_default().extend(v);
+                seen.entry(format!("keys.{layer}")).or_default().extend(&*k);
+                seen.entry(format!("values.{layer}")).or_default().extend(&*v);
             })
             .expect("runs");
         seen.entry("logits".into()).or_default().extend(logits);

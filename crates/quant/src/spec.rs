@@ -127,6 +127,9 @@ impl FromStr for Spec {
                 Some(o) => Err(err(o, "does not apply to fp16")),
             };
         }
+        if base.starts_with("sim:") {
+            return Err(err(s, "is another program's format, simulated: only `eval` and `ablate` know these"));
+        }
         let mut parts = base.split('-');
         let name = parts.next().unwrap_or_default();
         let (codebook, bits) = match name {
@@ -380,6 +383,7 @@ mod tests {
             ("nuq4-g32", "-gN"),
             ("int4-1%-g32", "-gN"),
             ("int4+asym", "`asym`"),
+            ("sim:q4_0", "`sim:q4_0` is another program's format, simulated: only `eval` and `ablate`"),
         ] {
             let e = s.parse::<Spec>().unwrap_err().to_string();
             assert!(e.contains(part) && e.contains("nuq3-1%+sink1"), "{s}: {e}");
