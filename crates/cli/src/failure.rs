@@ -5,6 +5,7 @@ use anyhow::Error;
 use kvquant_cache::{CacheError, SessionError};
 use kvquant_calib::CalibError;
 use kvquant_cuda::CudaError;
+use kvquant_eval::retrieval::RetrievalError;
 use kvquant_eval::{EvalError, FormatError};
 use kvquant_kernels::dispatch::DispatchError;
 use kvquant_model::ForwardError;
@@ -62,6 +63,8 @@ pub fn is_input(e: &Error) -> bool {
             || c.downcast_ref().is_some_and(file)
             || c.downcast_ref().is_some_and(forward)
             || matches!(c.downcast_ref(), Some(CalibError::Forward(f)) if forward(f))
+            || matches!(c.downcast_ref(), Some(RetrievalError::Option { .. } | RetrievalError::NoFiller))
+            || matches!(c.downcast_ref(), Some(RetrievalError::Forward(f)) if forward(f))
             || c.downcast_ref().is_some_and(|e| match e {
                 EvalError::Forward(f) => forward(f),
                 EvalError::TextTooShort { .. }

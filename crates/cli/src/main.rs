@@ -16,6 +16,7 @@ mod output;
 mod progress;
 mod pull;
 mod quantizers;
+mod retrieve;
 mod serve;
 mod session;
 
@@ -72,6 +73,8 @@ enum Command {
     LoadTest(load_test::Args),
     /// Measure the quality of caches on a text against an fp16 cache
     Eval(eval::Args),
+    /// Ask for a number that is hidden in a long text, with one cache after the other
+    Retrieve(retrieve::Args),
     /// Measure the speed of caches at several depths
     Bench(bench::Args),
     /// Check the GPU kernels against the CPU and measure them
@@ -105,6 +108,7 @@ fn command(command: Command) -> Result<()> {
         Command::Generate(a) => generate::run(a),
         Command::Chat(a) => chat::run(a),
         Command::Eval(a) => eval::run(a),
+        Command::Retrieve(a) => retrieve::run(a),
         Command::Session(a) => session::run(a),
         Command::LoadTest(a) => load_test::run(a),
         Command::Serve(a) => serve::run(a),

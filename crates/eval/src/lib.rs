@@ -10,6 +10,7 @@ mod candidate;
 mod evaluate;
 mod plot;
 mod report;
+pub mod retrieval;
 mod score;
 mod simulated;
 

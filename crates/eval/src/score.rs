@@ -25,6 +25,11 @@ pub(crate) fn score(logits: &[f32], reference: &[f32], vocab: usize, next: &[Opt
         .collect()
 }
 
+/// The most likely token of a row.
+pub(crate) fn best(row: &[f32]) -> usize {
+    normaliser(row).0
+}
+
 /// Most likely token and ln sum exp.
 fn normaliser(x: &[f32]) -> (usize, f64) {
     let (mut best, mut max) = (0, f32::NEG_INFINITY);
