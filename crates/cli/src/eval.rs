@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use kvquant_cache::Prefill;
-use kvquant_eval::{Candidate, EvalOptions, evaluate};
+use kvquant_eval::{Candidate, EvalOptions, agree, evaluate};
 use kvquant_quant::Spec;
 
 use crate::models;
@@ -14,7 +14,7 @@ use crate::quantizers;
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  kvquant eval smollm2-135m --text book.txt --kv fp16,mix4+sink1,mix3+sink1 --windows 2 --plot quality.svg\n\nThe text is cut into windows from its start, the first token of a window is not scored. For models that expect a beginning-of-text token, it takes the place of the first.\nBits count everything that the cache stores, at the end of a window; `at ∞` is what they come to in an endless context: full blocks alone, without first and recent tokens in fp16. `late half` is the mean KL divergence of the tokens in the second half of each window."
+    after_help = "Example:\n  kvquant eval smollm2-135m --text book.txt --kv fp16,mix4+sink1,mix3+sink1 --windows 2 --plot quality.svg\n  kvquant eval smollm2-135m --text book.txt --kv mix3+sink1 --generate 256\n\nThe text is cut into windows from its start, the first token of a window is not scored. For models that expect a beginning-of-text token, it takes the place of the first.\nBits count everything that the cache stores, at the end of a window; `at ∞` is what they come to in an endless context: full blocks alone, without first and recent tokens in fp16. `late half` is the mean KL divergence of the tokens in the second half of each window.\nWith --generate: `equal tokens` come before the first that differs from fp16's; `similarity` is twice the longest common subsequence over the tokens of both."
 )]
 pub struct Args {
     /// Known model, GGUF file or Hugging Face folder
@@ -45,6 +45,9 @@ pub struct Args {
     /// Quantizer file [default: the built-in one, if it fits the model]
     #[arg(long, value_name = "FILE")]
     quantizer: Option<PathBuf>,
+    /// Also continue the first half of each window by up to N greedy tokens and compare them with fp16's
+    #[arg(long, value_name = "N")]
+    generate: Option<usize>,
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
@@ -87,9 +90,16 @@ pub fn run(args: Args) -> Result<()> {
     };
     let name = args.text.file_name().unwrap_or_default().to_string_lossy();
     let mut progress = Progress::new();
-    let report = evaluate(&loaded.model, &loaded.name, &ids, &name, &candidates, &options, &mut |done, total| {
+    let mut report = evaluate(&loaded.model, &loaded.name, &ids, &name, &candidates, &options, &mut |done, total| {
         progress.update("evaluating", done as u64, total as u64);
     })?;
+    if let Some(tokens) = args.generate {
+        let ends = loaded.tokenizer.end_of_turn();
+        let generation = agree(&loaded.model, &ids, &candidates, &options, tokens, ends, &mut |done, total| {
+            progress.update("continuing", done as u64, total as u64);
+        })?;
+        report.generation = Some(generation);
+    }
     progress.clear();
     if let Some(path) = &args.plot {
         write(path, &report.plot_svg()?)?;
@@ -98,6 +108,10 @@ pub fn run(args: Args) -> Result<()> {
         say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{}", report.table());
+        if let Some(g) = &report.generation {
+            say!("\n{} greedy continuations of {} tokens by up to {}:\n", g.prompts, g.prompt_tokens, g.tokens);
+            print!("{}", g.table());
+        }
         if report.results.iter().any(|r| r.simulated) {
             say!("sim: other programs' formats, simulated in an fp16 cache; bits by formula (docs/specs.md)");
         }

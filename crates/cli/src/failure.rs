@@ -70,6 +70,7 @@ pub fn is_input(e: &Error) -> bool {
                 EvalError::TextTooShort { .. }
                 | EvalError::Context { .. }
                 | EvalError::Simulated { .. }
+                | EvalError::Generate { .. }
                 | EvalError::NoWindows => true,
                 EvalError::Plot(_) => false,
             })

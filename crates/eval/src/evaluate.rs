@@ -9,7 +9,7 @@ use crate::report::{EvalResult, Report};
 use crate::score::{Score, score};
 
 /// Tokens of a forward pass with quantized prefill; results do not depend on it.
-const CHUNK: usize = 128;
+pub(crate) const CHUNK: usize = 128;
 /// Tokens of a prefill chunk with exact prefill: each chunk sees itself exactly and its history through the codes.
 const EXACT_CHUNK: usize = 512;
 
@@ -54,6 +54,16 @@ pub enum EvalError {
         /// What is in the way.
         problem: &'static str,
     },
+    /// Answers of no tokens, or beyond the context.
+    #[error(
+        "--generate {tokens}; it must be 1 to {most}: prompts are half of --ctx, and the model's context is limited"
+    )]
+    Generate {
+        /// Asked for.
+        tokens: usize,
+        /// What fits.
+        most: usize,
+    },
     /// The plot can't be drawn.
     #[error("cannot draw the plot: {0}")]
     Plot(String),
@@ -87,17 +97,7 @@ pub fn evaluate(
     options: &EvalOptions,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Report, EvalError> {
-    let EvalOptions { ctx, windows, first_window, prefill, bos } = *options;
-    if ctx < 2 || ctx > model.config.context {
-        return Err(EvalError::Context { ctx, context: model.config.context });
-    }
-    if windows == 0 {
-        return Err(EvalError::NoWindows);
-    }
-    let need = first_window.saturating_add(windows).saturating_mul(ctx);
-    if ids.len() < need {
-        return Err(EvalError::TextTooShort { got: ids.len(), need, windows, ctx, first: first_window });
-    }
+    let EvalOptions { ctx, windows, prefill, .. } = *options;
     let chunk = if prefill == Prefill::Exact { EXACT_CHUNK } else { CHUNK };
     let vocab = model.config.vocab;
     let mut scores: Vec<Vec<Score>> = vec![Vec::new(); candidates.len()];
@@ -105,11 +105,7 @@ pub fn evaluate(
     let mut sizes = vec![Sizes::default(); candidates.len()];
     let fp16 = Candidate { name: String::new(), format: Format::Cache(Spec::Fp16), quantizer: None };
     let mut done = 0;
-    for window in ids[first_window * ctx..need].chunks_exact(ctx) {
-        let mut window = window.to_vec();
-        if let Some(bos) = bos {
-            window[0] = bos;
-        }
+    for window in self::windows(model, ids, options)? {
         let mut reference = fp16.sequence(model, prefill)?;
         let mut sequences = candidates.iter().map(|c| c.sequence(model, prefill)).collect::<Result<Vec<_>, _>>()?;
         let mut at = 0;
@@ -172,7 +168,37 @@ pub fn evaluate(
         windows,
         prefill: if prefill == Prefill::Exact { "exact" } else { "quantized" }.into(),
         results,
+        generation: None,
     })
+}
+
+/// The windows that are evaluated, with a beginning-of-text token where there is one.
+///
+/// # Errors
+/// The text is too short, or a window does not fit the model.
+pub(crate) fn windows<'a>(
+    model: &Model,
+    ids: &'a [u32],
+    options: &EvalOptions,
+) -> Result<impl Iterator<Item = Vec<u32>> + use<'a>, EvalError> {
+    let EvalOptions { ctx, windows, first_window, bos, .. } = *options;
+    if ctx < 2 || ctx > model.config.context {
+        return Err(EvalError::Context { ctx, context: model.config.context });
+    }
+    if windows == 0 {
+        return Err(EvalError::NoWindows);
+    }
+    let need = first_window.saturating_add(windows).saturating_mul(ctx);
+    if ids.len() < need {
+        return Err(EvalError::TextTooShort { got: ids.len(), need, windows, ctx, first: first_window });
+    }
+    Ok(ids[first_window * ctx..need].chunks_exact(ctx).map(move |window| {
+        let mut window = window.to_vec();
+        if let Some(bos) = bos {
+            window[0] = bos;
+        }
+        window
+    }))
 }
 
 /// What a cache took, averaged over windows.

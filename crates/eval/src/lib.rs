@@ -6,6 +6,7 @@
 //! scored, and early positions have little context. All caches run side by side, chunk by chunk, so that no window's logits
 //! are ever held whole.
 
+mod agreement;
 mod candidate;
 mod evaluate;
 mod plot;
@@ -14,6 +15,7 @@ pub mod retrieval;
 mod score;
 mod simulated;
 
+pub use agreement::{Agreement, Generation, agree};
 pub use candidate::{Candidate, Format, FormatError};
 pub use evaluate::{EvalError, EvalOptions, evaluate};
 pub use report::{EvalResult, Report, table};

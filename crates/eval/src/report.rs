@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::agreement::Generation;
+
 /// What one cache did.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EvalResult {
@@ -52,6 +54,9 @@ pub struct Report {
     pub prefill: String,
     /// One entry a cache.
     pub results: Vec<EvalResult>,
+    /// Greedy continuations, where they were asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<Generation>,
 }
 
 impl Report {
@@ -113,6 +118,7 @@ pub fn table<R: AsRef<[String]>>(rows: &[R]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agreement::Agreement;
 
     fn report() -> Report {
         let r = |kv: &str, bits, kld| EvalResult {
@@ -138,6 +144,7 @@ mod tests {
             windows: 2,
             prefill: "quantized".into(),
             results: vec![r("fp16", 16.0, 0.0), r("nuq3-1%+sink1", 3.4, 0.07)],
+            generation: None,
         }
     }
 
@@ -171,6 +178,14 @@ mod tests {
         let mut got = keys(&json["results"][1]);
         got.sort();
         assert_eq!(got, want);
+        let agreement = Agreement { kv: "fp16".into(), first_divergence: 9.0, equal_share: 1.0, similarity: 1.0 };
+        let generation = Generation { prompts: 2, prompt_tokens: 8, tokens: 9, results: vec![agreement] };
+        let json = serde_json::to_value(Report { generation: Some(generation), ..report() }).unwrap();
+        let (mut all, mut of) = (keys(&json["generation"]), keys(&json["generation"]["results"][0]));
+        all.sort();
+        of.sort();
+        assert_eq!(all.join(" "), "prompt_tokens prompts results tokens");
+        assert_eq!(of.join(" "), "equal_share first_divergence kv similarity");
     }
 
     #[test]
