@@ -1,21 +1,24 @@
 //! `kvquant ablate`: the paper's ablations on one text, as a Markdown report.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use kvquant_cache::Prefill;
-use kvquant_eval::{Candidate, EvalOptions, Format, Report, evaluate};
-use kvquant_quant::Spec;
+use kvquant_eval::retrieval::{RetrievalReport, Task};
+use kvquant_eval::{Candidate, EvalOptions, Format, Report, agree, evaluate};
+use kvquant_quant::{Quantizer, Spec};
 
 use crate::calibrate::{Source, fit};
+use crate::failure::Input;
 use crate::models;
 use crate::output::{read_text, say, write};
 use crate::progress::Progress;
 use crate::quantizers;
+use crate::retrieve::{Cells, ask};
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  kvquant ablate smollm2-135m --on book.txt --self -o docs/quality.md\n\nWithout --quantizer it calibrates first, on --text or on self-sampled text, once for all caches."
+    after_help = "Example:\n  kvquant ablate smollm2-135m --on book.txt --self -o docs/quality.md\n  kvquant ablate smollm2-135m --on book.txt --quantizer q.safetensors --only fp16,mix3+sink1,sim:q4_0 --lengths 512\n\nWithout --quantizer it calibrates first, on --text or on self-sampled text, once for all caches."
 )]
 pub struct Args {
     /// Known model, GGUF file or Hugging Face folder
@@ -34,10 +37,18 @@ pub struct Args {
     /// Windows of the text to measure on
     #[arg(long, value_name = "N", default_value_t = 2)]
     eval_windows: usize,
-    /// The report to write; standard output without it
+    /// Measure these caches of the tables only, separated by commas
+    #[arg(long, value_name = "SPECS")]
+    only: Option<String>,
+    #[command(flatten)]
+    cells: Cells,
+    /// Tokens of the greedy continuations
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    generate: usize,
+    /// The report to write, with a plot of the same name (.svg) beside it; standard output without it
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Print the reports as JSON on standard output
+    /// Print the report as JSON on standard output
     #[arg(long)]
     json: bool,
 }
@@ -78,15 +89,30 @@ const TABLES: [(&str, &[&str]); 10] = [
     ("Per-token groups, without calibration", &["int4-g32", "int4-g32+asym", "int3-g32", "nf4-g32"]),
 ];
 
-pub fn run(args: Args) -> Result<()> {
-    let text = read_text(&args.on)?;
-    let loaded = models::load(&args.model, Some(args.source.ctx()))?;
-    let mut names: Vec<&str> = Vec::new();
+/// Caches that are asked for hidden numbers and that continue texts.
+const LONG: [&str; 5] = ["fp16", "mix4+sink1", "mix3+sink1", "mix2+sink1", "nuq3-1%+sink1"];
+
+/// Names of all tables, each once, that `only` lets through.
+fn names(only: Option<&str>) -> Result<Vec<&'static str>> {
+    let mut all: Vec<&str> = Vec::new();
     for name in TABLES.iter().flat_map(|(_, specs)| specs.iter()) {
-        if !names.contains(name) {
-            names.push(name);
+        if !all.contains(name) {
+            all.push(name);
         }
     }
+    let Some(only) = only else { return Ok(all) };
+    let asked: Vec<&str> = only.split(',').map(str::trim).collect();
+    if let Some(other) = asked.iter().find(|a| !all.contains(a)) {
+        return Err(Input(format!("--only {other}: no table has this cache; there are {}", all.join(", "))).into());
+    }
+    Ok(all.into_iter().filter(|name| asked.contains(name)).collect())
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let names = names(args.only.as_deref())?;
+    let text = read_text(&args.on)?;
+    let longest = args.cells.lengths.iter().copied().max().unwrap_or(0);
+    let loaded = models::load(&args.model, Some(longest.max(args.source.ctx())))?;
     let formats: Vec<Format> = names.iter().map(|n| n.parse()).collect::<Result<_, _>>()?;
     let specs: Vec<&Spec> = formats.iter().filter_map(Format::spec).collect();
     let quantizer = match &args.quantizer {
@@ -104,8 +130,8 @@ pub fn run(args: Args) -> Result<()> {
     let ids = loaded.tokenizer.encode(&text, false)?;
     let candidates: Vec<_> = names
         .iter()
-        .zip(&formats)
-        .map(|(n, f)| Candidate { name: n.to_string(), format: f.clone(), quantizer: quantizer.as_ref() })
+        .zip(formats)
+        .map(|(n, format)| Candidate { name: n.to_string(), format, quantizer: quantizer.as_ref() })
         .collect();
     let options = EvalOptions {
         ctx: args.source.ctx(),
@@ -116,17 +142,30 @@ pub fn run(args: Args) -> Result<()> {
     };
     let name = args.on.file_name().unwrap_or_default().to_string_lossy();
     let mut progress = Progress::new();
-    let report = evaluate(&loaded.model, &loaded.name, &ids, &name, &candidates, &options, &mut |done, total| {
+    let mut report = evaluate(&loaded.model, &loaded.name, &ids, &name, &candidates, &options, &mut |done, total| {
         progress.update("evaluating", done as u64, total as u64);
     })?;
+    let long: Vec<_> = candidates.iter().filter(|c| LONG.contains(&c.name.as_str())).cloned().collect();
+    let ends = loaded.tokenizer.end_of_turn();
+    let generation = agree(&loaded.model, &ids, &long, &options, args.generate, ends, &mut |done, total| {
+        progress.update("continuing", done as u64, total as u64);
+    })?;
+    report.generation = Some(generation);
     progress.clear();
-    let calibrated = quantizer.as_ref().map_or("nothing".into(), |q| {
-        format!("{} ({} windows of {})", q.provenance.text, q.provenance.windows, q.provenance.ctx)
+    let asked: Vec<_> = long.iter().filter_map(|c| Some((c.name.clone(), c.format.spec()?.clone()))).collect();
+    let both = [Task::Passkey, Task::Multikey].map(|task| {
+        ask(&loaded, None, &asked, quantizer.as_ref(), task, &args.cells, 0, Prefill::Quantized).map(|r| (task, r))
     });
+    let retrieval: Vec<(Task, RetrievalReport)> = both.into_iter().collect::<Result<_>>()?;
     if args.json {
-        say!("{}", serde_json::to_string_pretty(&report)?);
+        let reports: Vec<_> = retrieval.iter().map(|(_, r)| r).collect();
+        say!("{}", serde_json::to_string_pretty(&serde_json::json!({ "quality": report, "retrieval": reports }))?);
     }
-    let page = page(&report, &calibrated, &args.source.options(), args.eval_windows);
+    let plot = args.output.as_ref().map(|path| path.with_extension("svg"));
+    if let Some(path) = &plot {
+        write(path, &report.plot_svg()?)?;
+    }
+    let page = page(&report, &retrieval, &args, quantizer.as_ref(), plot.as_deref());
     match &args.output {
         Some(path) => write(path, &page),
         None if !args.json => {
@@ -137,19 +176,87 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
-fn page(all: &Report, calibrated: &str, source: &str, windows: usize) -> String {
+/// The options that make the report again, file names for paths.
+fn options(args: &Args) -> String {
+    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let list = |all: &[usize]| all.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+    let source = match &args.quantizer {
+        Some(path) => format!("--quantizer {} --ctx {}", name(path), args.source.ctx()),
+        None => args.source.options(),
+    };
+    let only = args.only.as_ref().map_or(String::new(), |only| format!(" --only '{only}'"));
+    format!(
+        "--on {} {source} --eval-windows {}{only} --lengths {} --depths {} --trials {} --generate {}",
+        name(&args.on),
+        args.eval_windows,
+        list(&args.cells.lengths),
+        list(&args.cells.depths),
+        args.cells.trials,
+        args.generate
+    )
+}
+
+fn page(
+    all: &Report,
+    retrieval: &[(Task, RetrievalReport)],
+    args: &Args,
+    quantizer: Option<&Quantizer>,
+    plot: Option<&Path>,
+) -> String {
+    let calibrated = quantizer.map_or("nothing".into(), |q| {
+        format!("{} ({} windows of {})", q.provenance.text, q.provenance.windows, q.provenance.ctx)
+    });
     let mut page = format!(
-        "# Quality, part by part\n\nMade by `kvquant ablate {} --on {} {source} --eval-windows {windows}`; do not edit.\n\n\
+        "# Quality, part by part\n\nMade by `kvquant ablate {} {}`; do not edit.\n\n\
          {} windows of {} tokens, quantized prefill: all that attention reads went through the packed cache. No beginning-of-text\n\
-         token is added; the first token of a window is not scored. Everything stored counts as bits, at the end of a window.\n\
-         Perplexity, KL divergence (nats) and top-1 agreement are against the same model with an fp16 cache.\n\
+         token is added; the first token of a window is not scored. Everything stored counts as bits, at the end of a window; `at ∞`\n\
+         counts full blocks alone: what an endless context comes to. Perplexity, KL divergence (nats) and top-1 agreement are against\n\
+         the same model with an fp16 cache; `late half` is the mean KL divergence in the second half of each window.\n\
          Calibrated on: {calibrated}.\n",
-        all.model, all.text, all.windows, all.ctx
+        all.model,
+        options(args),
+        all.windows,
+        all.ctx
     );
+    if let Some(name) = plot.and_then(Path::file_name) {
+        page += &format!("\n![KL divergence against bits]({})\n", name.to_string_lossy());
+    }
     for (title, names) in TABLES {
-        let results = names.iter().filter_map(|n| all.results.iter().find(|r| r.kv == *n)).cloned().collect();
+        let of = |n: &&str| all.results.iter().find(|r| r.kv == *n);
+        let results: Vec<_> = names.iter().filter_map(of).cloned().collect();
+        if results.is_empty() {
+            continue;
+        }
+        let simulated = results.iter().any(|r| r.simulated);
         let part = Report { results, ..all.clone() };
-        page += &format!("\n## {title}\n\n{}", part.table());
+        page += &format!("\n## {title}\n\n");
+        if simulated {
+            page += "`sim`: what the format gives back takes the place of keys and values in an fp16 cache; bits by formula, simplifications in\n[specs.md](specs.md).\n\n";
+        }
+        page += &part.table();
+    }
+    if let Some(g) = &all.generation {
+        page += &format!(
+            "\n## Greedy continuations\n\n{} prompts of {} tokens (first halves of the windows), continued by up to {} tokens, against fp16: tokens before\n\
+             the first that differs, their share, and twice the longest common subsequence over the tokens of both.\n\n{}",
+            g.prompts,
+            g.prompt_tokens,
+            g.tokens,
+            g.table()
+        );
+    }
+    for (task, r) in retrieval {
+        let what = match task {
+            Task::Passkey => "one number",
+            Task::Multikey => "one of four numbers, by its name",
+        };
+        page += &format!(
+            "\n## Retrieval: {what}\n\nA number is hidden in filler text, at {} depths, {} questions each, and asked for behind it: share of greedy answers that\n\
+             contain it, and mean loss of its tokens (nats), by tokens of the prompt.\n\n{}",
+            args.cells.depths.len(),
+            r.trials,
+            r.table()
+        );
     }
     page
 }
