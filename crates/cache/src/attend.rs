@@ -149,8 +149,25 @@ struct Place<'a> {
 impl History<'_> {
     /// Attends with a task's rows, the first at `position`, to its parts.
     fn attend(&self, queries: &Queries<'_>, work: &mut Work, position: usize) -> Result<(), ViewError> {
+        let mut parts = work.task.parts.clone();
+        while !parts.is_empty() {
+            let end = self.layer.next_tables(parts.start.saturating_sub(1)).saturating_add(1).min(parts.end);
+            self.attend_run(queries, work, position, parts.start..end)?;
+            parts.start = end;
+        }
+        Ok(())
+    }
+
+    /// Attends to parts that the same tables decode.
+    fn attend_run(
+        &self,
+        queries: &Queries<'_>,
+        work: &mut Work,
+        position: usize,
+        parts: Range<usize>,
+    ) -> Result<(), ViewError> {
         let Work { task, state, edge } = work;
-        let cx = self.layer.context();
+        let cx = self.layer.context(parts.start.saturating_sub(1));
         let of = cx.head(task.head)?;
         let asking = Asking { head: task.head, tokens: task.tokens.clone(), position, row: 0 };
         let rows = QueryRows {
@@ -162,7 +179,7 @@ impl History<'_> {
         // Blocks that every row sees whole wait here: the next are asked for while those before them are attended to.
         let (mut first, mut second) = (Views::new(), Views::new());
         let (mut now, mut next) = (&mut first, &mut second);
-        for part in task.parts.clone() {
+        for part in parts {
             let place = if part == 0 {
                 let sink = self.layer.sink();
                 let sides = sink.views(&of);
@@ -356,7 +373,7 @@ pub(crate) fn exact(
     works: &mut Vec<Work>,
     out: &mut [f32],
 ) -> Result<(), CacheError> {
-    let cx = history.layer.context();
+    let cx = history.layer.context(0);
     history.run(queries, 0..queries.tokens, position, works, out, |Work { task, state, edge }| {
         let of = cx.head(task.head)?;
         for (b, block) in own.iter().enumerate() {

@@ -19,10 +19,18 @@ pub enum CacheError {
     },
     /// The spec needs calibrated thresholds or codebooks and no quantizer file was given.
     #[error(
-        "cache spec {spec} needs a quantizer file; make one with `kvquant calibrate MODEL --self --kv {spec} -o FILE` and pass it with --quantizer FILE"
+        "cache spec {spec} needs a quantizer file; make one with `kvquant calibrate MODEL --self --kv {spec} -o FILE` and pass it with --quantizer FILE, or do without by `+online` (nuq, int, nf)"
     )]
     NeedsQuantizer {
         /// The spec as asked for.
+        spec: String,
+    },
+    /// What only one cache can read can't be stored.
+    #[error(
+        "a {spec} cache takes its tables from its own tokens and cannot be stored; stored sessions need a quantizer file (`kvquant calibrate MODEL --self -o FILE`), or a spec without thresholds, such as int4-g32"
+    )]
+    Online {
+        /// The spec.
         spec: String,
     },
     /// The quantizer file has no fit for the spec, or is of another model.

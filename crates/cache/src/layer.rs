@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use crate::block::{Block, Context, Rows, TokenError};
 use crate::bytes::Bytes;
 use crate::coded::{CodedBlock, Layout, Quantizers};
+use crate::online::{FIRST_BLOCKS, Online};
 
 /// How many blocks the list of a layer grows by, so that its spare room stays small.
 const GROW_BLOCKS: usize = 16;
@@ -18,6 +19,7 @@ const HEADER: usize = size_of::<Block>() + 2 * size_of::<usize>();
 /// Codes and layouts of a layer of a quantized cache.
 #[derive(Debug)]
 pub(crate) struct Codec {
+    /// Those of all blocks, unless the layer makes its own.
     pub quantizers: Quantizers,
     pub layout: Layout,
 }
@@ -25,19 +27,31 @@ pub(crate) struct Codec {
 impl Codec {
     /// A full block from keys and values `[64, kv_heads, head_dim]`, or the token that can't be stored.
     fn block(&self, k: &[f32], v: &[f32], channels: usize) -> Result<CodedBlock, (usize, TokenError)> {
-        let mut keys = vec![TokenCodes::default(); BLOCK_TOKENS];
-        let mut values = keys.clone();
-        for (t, (k, v)) in k.chunks_exact(channels).zip(v.chunks_exact(channels)).enumerate() {
-            quantize(self, k, v, &mut keys[t], &mut values[t]).map_err(|e| (t, e))?;
-        }
-        Ok(CodedBlock::whole(&self.layout, &keys, &values))
+        whole_block(&self.quantizers, &self.layout, k, v, channels)
     }
+}
+
+fn whole_block(
+    quantizers: &Quantizers,
+    layout: &Layout,
+    k: &[f32],
+    v: &[f32],
+    channels: usize,
+) -> Result<CodedBlock, (usize, TokenError)> {
+    let mut keys = vec![TokenCodes::default(); BLOCK_TOKENS];
+    let mut values = keys.clone();
+    for (t, (k, v)) in k.chunks_exact(channels).zip(v.chunks_exact(channels)).enumerate() {
+        quantize(quantizers, k, v, &mut keys[t], &mut values[t]).map_err(|e| (t, e))?;
+    }
+    Ok(CodedBlock::whole(layout, &keys, &values))
 }
 
 #[derive(Debug, Clone)]
 pub(crate) struct Layer {
     /// Shared by all caches of a model and spec.
     codec: Option<Arc<Codec>>,
+    /// Where quantizers come from the tokens.
+    online: Option<Online>,
     channels: usize,
     head_dim: usize,
     sinks: usize,
@@ -57,6 +71,7 @@ pub(crate) struct Layer {
 impl Layer {
     pub fn new(
         codec: Option<Arc<Codec>>,
+        online: Option<Online>,
         channels: usize,
         head_dim: usize,
         sinks: usize,
@@ -65,6 +80,7 @@ impl Layer {
     ) -> Self {
         Layer {
             codec,
+            online,
             channels,
             head_dim,
             sinks,
@@ -81,8 +97,8 @@ impl Layer {
 
     /// An empty layer of the same kind.
     pub fn fresh(&self) -> Self {
-        let codec = self.codec.clone();
-        Layer::new(codec, self.channels, self.head_dim, self.sinks, self.recent, self.window)
+        let (codec, online) = (self.codec.clone(), self.online.as_ref().map(Online::fresh));
+        Layer::new(codec, online, self.channels, self.head_dim, self.sinks, self.recent, self.window)
     }
 
     /// Takes over a history of `len` tokens, which ends with a block.
@@ -148,12 +164,25 @@ impl Layer {
         }
     }
 
-    pub fn context(&self) -> Context<'_> {
+    /// What is needed to read block `b` of those that are kept, and those behind it up to [`next_tables`](Layer::next_tables).
+    pub fn context(&self, b: usize) -> Context<'_> {
+        let own = self.online.as_ref().and_then(|o| o.of(self.dropped + b));
         Context {
             channels: self.channels,
             head_dim: self.head_dim,
-            codec: self.codec.as_ref().map(|c| (&c.layout, &c.quantizers)),
+            codec: self.codec.as_ref().map(|c| (&c.layout, own.unwrap_or(&c.quantizers))),
         }
+    }
+
+    /// The first block behind `b` that other tables decode.
+    pub fn next_tables(&self, b: usize) -> usize {
+        let end = self.online.as_ref().map_or(usize::MAX, |o| o.end_of_epoch(self.dropped + b));
+        end.saturating_sub(self.dropped)
+    }
+
+    /// Whether blocks can't be read without what this very layer learned.
+    pub fn is_online(&self) -> bool {
+        self.online.is_some()
     }
 
     /// The position up to which tokens from `start` on may be appended and attended in one go, at most `end`:
@@ -194,10 +223,11 @@ impl Layer {
         }
         let open = Arc::make_mut(self.blocks.last_mut().expect("a block was opened above"));
         let pushed = match (open, &self.codec) {
-            (Block::Coded(block), Some(codec)) => quantize(codec, k, v, &mut self.key_codes, &mut self.value_codes)
-                .map(|()| {
+            (Block::Coded(block), Some(codec)) => {
+                quantize(&codec.quantizers, k, v, &mut self.key_codes, &mut self.value_codes).map(|()| {
                     block.push(&codec.layout, &self.key_codes, &self.value_codes);
-                }),
+                })
+            }
             (Block::Rows(rows), _) => rows.push(k, v),
             _ => unreachable!("only the last block is open, and a tile or foreign block is never last and short"),
         };
@@ -269,13 +299,19 @@ impl Layer {
     /// Bytes of the blocks that no longer change, headers included, and their tokens.
     pub fn finished_bytes(&self) -> (usize, usize) {
         let n = self.finished();
-        let data: usize = self.blocks[..n].iter().map(|b| b.bytes(&self.context()).total()).sum();
+        let data: usize = self.blocks[..n].iter().map(|b| b.bytes(&self.context(0)).total()).sum();
         (data + n * (size_of::<Arc<Block>>() + HEADER), n * BLOCK_TOKENS)
     }
 
-    /// Whether there is a block to [`repeat`](Layer::repeat).
+    /// Blocks to [`repeat`](Layer::repeat): finished, and of the tables that those behind them would have.
+    fn repeatable(&self) -> std::ops::Range<usize> {
+        let first = self.online.as_ref().map_or(0, Online::last_epoch);
+        first.saturating_sub(self.dropped)..self.finished()
+    }
+
+    /// Whether there is a block to repeat.
     pub fn can_repeat(&self) -> bool {
-        self.finished() > 0
+        !self.repeatable().is_empty()
     }
 
     /// Puts in copies of finished blocks behind them.
@@ -286,9 +322,9 @@ impl Layer {
             self.dropped += copies;
             return;
         }
-        let n = self.finished();
-        let more: Vec<_> = (0..copies).map(|i| Arc::new(Block::clone(&self.blocks[i % n]))).collect();
-        self.blocks.splice(n..n, more);
+        let of = self.repeatable();
+        let more: Vec<_> = (0..copies).map(|i| Arc::new(Block::clone(&self.blocks[of.start + i % of.len()]))).collect();
+        self.blocks.splice(of.end..of.end, more);
     }
 
     /// Quantizes the blocks that have left the recent window of a query at `position`.
@@ -298,12 +334,32 @@ impl Layer {
             return Ok(());
         }
         let left = (position + 1 - self.recent - self.sinks) / BLOCK_TOKENS;
+        if self.online.as_ref().is_some_and(|o| !o.is_ready(left)) {
+            return Ok(());
+        }
         // Sealed blocks are a prefix: look only behind the last of them.
         let from = self.blocks.iter().rposition(|b| matches!(**b, Block::Coded(_))).map_or(0, |i| i + 1);
-        for block in self.blocks.iter_mut().take(left.saturating_sub(self.dropped)).skip(from) {
-            let Block::Rows(rows) = &**block else { continue };
+        let to = left.saturating_sub(self.dropped).min(self.blocks.len());
+        if let Some(online) = self.online.as_mut().filter(|_| from < to) {
+            let blocks = &self.blocks[from..to];
+            online.begin(|| {
+                let rows =
+                    blocks.iter().filter_map(|b| if let Block::Rows(r) = &**b { Some(r.floats()) } else { None });
+                let (k, v): (Vec<_>, Vec<_>) = rows.unzip();
+                (k.concat(), v.concat())
+            });
+        }
+        for b in from..to {
+            let Block::Rows(rows) = &*self.blocks[b] else { continue };
             let (k, v) = rows.floats();
-            *block = Arc::new(Block::Coded(codec.block(&k, &v, self.channels).map_err(|(_, e)| e)?));
+            let coded = match &mut self.online {
+                None => codec.block(&k, &v, self.channels),
+                Some(online) => {
+                    let quantizers = online.follow(self.dropped + b, &k, &v)?;
+                    whole_block(&quantizers, &codec.layout, &k, &v, self.channels)
+                }
+            };
+            self.blocks[b] = Arc::new(Block::Coded(coded.map_err(|(_, e)| e)?));
         }
         Ok(())
     }
@@ -315,19 +371,18 @@ impl Layer {
         self.len = len;
         if len == 0 {
             (self.dropped, self.sink) = (0, Rows::with_room(self.sinks, self.channels));
+            self.online = self.online.as_ref().map(Online::fresh);
         }
         self.sink.truncate(len.min(self.sinks), self.channels);
         let kept = len.saturating_sub(self.sinks);
         self.blocks.truncate(kept.div_ceil(BLOCK_TOKENS).saturating_sub(self.dropped));
-        if !kept.is_multiple_of(BLOCK_TOKENS) {
-            let cx = Context {
-                channels: self.channels,
-                head_dim: self.head_dim,
-                codec: self.codec.as_ref().map(|c| (&c.layout, &c.quantizers)),
-            };
-            if let Some(last) = self.blocks.last_mut() {
-                Arc::make_mut(last).truncate(&cx, kept % BLOCK_TOKENS, self.recent > 0)?;
-            }
+        if !kept.is_multiple_of(BLOCK_TOKENS)
+            && let Some(mut last) = self.blocks.pop()
+        {
+            let cx = self.context(self.blocks.len());
+            let cut = Arc::make_mut(&mut last).truncate(&cx, kept % BLOCK_TOKENS, self.recent > 0);
+            self.blocks.push(last);
+            cut?;
         }
         Ok(())
     }
@@ -335,9 +390,10 @@ impl Layer {
     pub fn bytes(&self) -> Bytes {
         let mut all = Bytes { exact: self.sink.bytes(), ..Bytes::default() };
         for block in &self.blocks {
-            all += block.bytes(&self.context());
+            all += block.bytes(&self.context(0));
         }
         all.index += self.blocks.capacity() * size_of::<Arc<Block>>() + self.blocks.len() * HEADER;
+        all.index += self.online.as_ref().map_or(0, Online::bytes);
         all
     }
 
@@ -349,6 +405,12 @@ impl Layer {
         let kept = self.window.map_or(tokens, |w| tokens.min(w.saturating_add(3 * BLOCK_TOKENS)));
         let blocks = kept.saturating_sub(self.sinks).div_ceil(BLOCK_TOKENS);
         let exact = if self.recent > 0 { (self.recent.div_ceil(BLOCK_TOKENS) + 1).min(blocks) } else { 0 };
+        // A layer that knows nothing yet keeps more of them.
+        let (exact, tables) = match &self.online {
+            Some(online) if blocks > FIRST_BLOCKS => (exact.max(FIRST_BLOCKS + 1).min(blocks), online.first_bytes()),
+            Some(_) => (blocks, 0),
+            None => (exact, 0),
+        };
         let block = match &self.codec {
             None => rows(BLOCK_TOKENS),
             Some(codec) => {
@@ -356,7 +418,7 @@ impl Layer {
                 codec.layout.fixed_bytes() + (elements * outlier_share * 1.25 * 3.0) as usize
             }
         };
-        rows(self.sinks.min(tokens)) + (blocks - exact) * block + exact * rows(BLOCK_TOKENS) + blocks * header
+        rows(self.sinks.min(tokens)) + (blocks - exact) * block + exact * rows(BLOCK_TOKENS) + blocks * header + tables
     }
 
     /// How many hold each block that is kept.
@@ -367,18 +429,18 @@ impl Layer {
     /// Bytes of the blocks that others hold as well.
     pub fn shared_bytes(&self) -> usize {
         let shared = self.blocks.iter().filter(|b| Arc::strong_count(b) > 1);
-        shared.map(|b| b.bytes(&self.context()).total()).sum()
+        shared.map(|b| b.bytes(&self.context(0)).total()).sum()
     }
 }
 
 fn quantize(
-    codec: &Codec,
+    quantizers: &Quantizers,
     k: &[f32],
     v: &[f32],
     key: &mut TokenCodes,
     value: &mut TokenCodes,
 ) -> Result<(), TokenError> {
     use kvquant_quant::Side;
-    codec.quantizers.key.quantize(k, key).map_err(|e| (Side::Key, e))?;
-    codec.quantizers.value.quantize(v, value).map_err(|e| (Side::Value, e))
+    quantizers.key.quantize(k, key).map_err(|e| (Side::Key, e))?;
+    quantizers.value.quantize(v, value).map_err(|e| (Side::Value, e))
 }

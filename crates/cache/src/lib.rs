@@ -16,6 +16,8 @@
 //! Blocks are reference counted: `sharing` lets sequences with a common beginning hold the same ones, and the block that
 //! a sequence writes to is copied first when others hold it.
 //!
+//! `online` makes the quantizers of a layer from its own tokens, where there is no calibration.
+//!
 //! `session` stores a cache as a file, blocks as they are.
 //!
 //! `attend` is the way from the model to the kernels: it turns queries to their positions, splits the work over
@@ -28,6 +30,7 @@ mod coded;
 mod edge;
 mod error;
 mod layer;
+mod online;
 mod scratch;
 mod sequence;
 mod session;

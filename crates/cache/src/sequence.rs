@@ -14,6 +14,7 @@ use crate::bytes::Bytes;
 use crate::coded::{Layout, Quantizers};
 use crate::error::CacheError;
 use crate::layer::{Codec, Layer};
+use crate::online::Online;
 use crate::scratch::{self, Attention};
 use crate::transform::Transform;
 use crate::turns::Turns;
@@ -136,8 +137,17 @@ impl Cache {
         let layers = (0..shape.layers)
             .map(|i| {
                 let window = attention[i].window;
+                let mut online = None;
                 let codec = match spec {
                     Spec::Fp16 => None,
+                    Spec::Coded(coded) if coded.online => {
+                        let own = Online::new(coded, shape.kv_heads, shape.head_dim);
+                        let quantizers =
+                            own.placeholder().map_err(|(_, source)| CacheError::Fit { layer: i, source })?;
+                        let layout = Layout::new(&quantizers, channels, shape.head_dim);
+                        online = Some(own);
+                        Some(Arc::new(Codec { quantizers, layout }))
+                    }
                     Spec::Coded(coded) => {
                         let fit = fit.map(|f| &f.layers[i]);
                         let side = |side| {
@@ -149,7 +159,7 @@ impl Cache {
                         Some(Arc::new(Codec { quantizers, layout }))
                     }
                 };
-                Ok(Layer::new(codec, channels, shape.head_dim, spec.sinks(), spec.recent(), window))
+                Ok(Layer::new(codec, online, channels, shape.head_dim, spec.sinks(), spec.recent(), window))
             })
             .collect::<Result<Vec<_>, CacheError>>()?;
         Ok(Cache {

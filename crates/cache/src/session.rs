@@ -29,6 +29,7 @@ use sha2::{Digest, Sha256};
 
 use crate::block::Rows;
 use crate::error::CacheError;
+use crate::layer::Layer;
 use crate::sequence::Cache;
 use crate::sharing::Segment;
 use block::{read_column, read_sinks, write_column, write_sinks};
@@ -150,8 +151,11 @@ pub struct SessionFile {
 /// Stores `cache`, which holds `tokens`. A failure leaves the file that was there.
 ///
 /// # Errors
-/// The tokens are not those of the cache, or the file can't be written.
+/// The tokens are not those of the cache, the cache has tables of its own (`+online`), or the file can't be written.
 pub fn save_session(path: &Path, cache: &Cache, tokens: &[u32], info: &SessionInfo) -> Result<(), SessionError> {
+    if cache.layers.iter().any(Layer::is_online) {
+        return Err(CacheError::Online { spec: cache.spec().to_string() }.into());
+    }
     for (what, got) in [("stored tokens", tokens.len()), ("tokens of the session's description", info.tokens)] {
         if got != cache.len() {
             return Err(CacheError::Length { what, expected: cache.len(), got }.into());

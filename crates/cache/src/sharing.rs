@@ -11,6 +11,7 @@ use kvquant_quant::pack::BLOCK_TOKENS;
 
 use crate::block::{Block, Rows};
 use crate::error::CacheError;
+use crate::layer::Layer;
 use crate::sequence::Cache;
 
 /// 64 tokens of every layer; before the first block, the sinks.
@@ -42,7 +43,7 @@ impl Segment {
         if blocks.len() != empty.layers.len() || blocks.iter().any(|b| matches!(b, Block::Rows(_))) {
             return None;
         }
-        let bytes = blocks.iter().zip(&empty.layers).map(|(b, l)| b.bytes(&l.context()).total()).sum();
+        let bytes = blocks.iter().zip(&empty.layers).map(|(b, l)| b.bytes(&l.context(0)).total()).sum();
         Some(Segment { parts: Parts::Blocks(blocks.into_iter().map(Arc::new).collect()), bytes })
     }
 
@@ -70,19 +71,22 @@ impl Cache {
     }
 
     /// Segment `i`: 0 is the sinks (none of a spec without), then block by block. `None` while the cache may still
-    /// write to it, where it is not in its final form (a block in the recent window), and where a layer with a
-    /// window has let it go.
+    /// write to it, where it is not in its final form (a block in the recent window), where a layer with a
+    /// window has let it go, and where only this cache has the tables to read it.
     pub fn segment(&self, i: usize) -> Option<Segment> {
         let Some(block) = i.checked_sub(1) else {
             let all: Vec<Rows> = self.layers.iter().map(|l| l.sink().clone()).collect();
             let held = |r: &Rows| r.len(self.shape.channels()) == self.sinks;
             return all.iter().all(held).then(|| Segment::of_sinks(all));
         };
+        if self.layers.iter().any(Layer::is_online) {
+            return None;
+        }
         let mut bytes = 0;
         let blocks = self.layers.iter().map(|l| {
             let b = l.blocks().get(block.checked_sub(l.dropped())?)?;
             let whole = b.len(self.shape.channels()) == BLOCK_TOKENS && !matches!(**b, Block::Rows(_));
-            bytes += b.bytes(&l.context()).total();
+            bytes += b.bytes(&l.context(0)).total();
             whole.then(|| b.clone())
         });
         let blocks = blocks.collect::<Option<_>>()?;

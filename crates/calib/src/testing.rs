@@ -138,5 +138,6 @@ pub(crate) fn spec(bits: u32, outliers: u32) -> CodedSpec {
         qnorm: false,
         weights: FisherWeights::FisherScale2,
         zero_point: true,
+        online: false,
     }
 }

@@ -45,9 +45,9 @@ pub struct Args {
 pub struct Common {
     /// Known model, GGUF file or Hugging Face folder
     pub model: String,
-    /// How the cache is stored
-    #[arg(long, value_name = "SPEC", default_value = "mix4+sink1")]
-    pub kv: String,
+    /// How the cache is stored [default: mix4+sink1, or nuq4-1%+sink1+online where no quantizer fits the model]
+    #[arg(long, value_name = "SPEC")]
+    pub kv: Option<String>,
     /// Quantizer file [default: the built-in one, if it fits the model]
     #[arg(long, value_name = "FILE")]
     pub quantizer: Option<PathBuf>,
@@ -94,7 +94,9 @@ pub struct Session {
 
 impl Common {
     pub fn session(&self) -> Result<Session> {
-        let spec: Spec = self.kv.parse()?;
+        if let Some(kv) = &self.kv {
+            kv.parse::<Spec>()?;
+        }
         let sampler = Sampler::new(SamplingParams {
             temperature: self.temperature,
             top_k: self.top_k,
@@ -104,7 +106,7 @@ impl Common {
             ..SamplingParams::default()
         })?;
         let loaded = models::load(&self.model, self.ctx)?;
-        let quantizer = quantizers::find(self.quantizer.as_deref(), &loaded.model, &[&spec])?;
+        let (spec, quantizer) = quantizers::choose(self.quantizer.as_deref(), &loaded.model, self.kv.as_deref())?;
         let cache = loaded.model.new_cache(&spec, quantizer.as_ref())?;
         let options = GenerateOptions {
             max_tokens: self.max_tokens,

@@ -10,6 +10,10 @@ use kvquant_quant::{FileError, Quantizer, Spec};
 const BUILT_IN: [(&str, &[u8]); 1] =
     [("built-in smollm2-135m", include_bytes!("../../../quantizers/smollm2-135m.safetensors"))];
 
+/// The cache where none is asked for, and where there is no quantizer for it.
+pub const DEFAULT_KV: &str = "mix4+sink1";
+const WITHOUT_QUANTIZER: &str = "nuq4-1%+sink1+online";
+
 /// The quantizer for a model; `None` if no file is given and no built-in one fits.
 ///
 /// A given file must be of this model. Specs that need a fit are looked up here, so that a missing one is refused
@@ -36,6 +40,24 @@ pub fn find(file: Option<&Path>, model: &Model, specs: &[&Spec]) -> Result<Optio
         }
     }
     Ok(found)
+}
+
+/// A spec that the user asked for, or the default, and its quantizer. Where no quantizer fits the model, thresholds come
+/// from the text itself if the spec can do that, and the user is told.
+pub fn choose(file: Option<&Path>, model: &Model, asked: Option<&str>) -> Result<(Spec, Option<Quantizer>)> {
+    let spec: Spec = asked.unwrap_or(DEFAULT_KV).parse()?;
+    if file.is_none() && spec.needs_fit() && built_in(model)?.is_none() {
+        let online = if asked.is_some() { spec.to_online() } else { Some(WITHOUT_QUANTIZER.parse()?) };
+        if let Some(online) = online {
+            eprintln!(
+                "no quantizer fits this model: {online} instead of {spec}, thresholds come from the text itself. \
+                 `kvquant calibrate MODEL --self -o FILE` makes one, which loses less; --quantizer FILE uses it."
+            );
+            return Ok((online, None));
+        }
+    }
+    let quantizer = find(file, model, &[&spec])?;
+    Ok((spec, quantizer))
 }
 
 fn built_in(model: &Model) -> Result<Option<Quantizer>> {

@@ -27,9 +27,9 @@ pub struct Args {
     /// Known model, GGUF file or Hugging Face folder
     #[arg(env = "KVQUANT_MODEL")]
     model: String,
-    /// How caches are stored
-    #[arg(long, value_name = "SPEC", default_value = "mix4+sink1", env = "KVQUANT_KV")]
-    kv: String,
+    /// How caches are stored [default: mix4+sink1, or nuq4-1%+sink1+online where no quantizer fits the model]
+    #[arg(long, value_name = "SPEC", env = "KVQUANT_KV")]
+    kv: Option<String>,
     /// Quantizer file [default: the built-in one, if it fits the model]
     #[arg(long, value_name = "FILE", env = "KVQUANT_QUANTIZER")]
     quantizer: Option<PathBuf>,
@@ -131,9 +131,8 @@ pub fn identity(model: &kvquant_model::Model, spec: &Spec, quantizer: Option<&Qu
 }
 
 fn load(args: &Args) -> Result<(Served, kvquant_model::ChatTemplate, Limits)> {
-    let spec: Spec = args.kv.parse()?;
     let loaded = models::load(&args.model, args.ctx)?;
-    let quantizer = quantizers::find(args.quantizer.as_deref(), &loaded.model, &[&spec])?;
+    let (spec, quantizer) = quantizers::choose(args.quantizer.as_deref(), &loaded.model, args.kv.as_deref())?;
     let empty = loaded.model.new_cache(&spec, quantizer.as_ref())?;
     let identity = identity(&loaded.model, &spec, quantizer.as_ref())?;
     let template = loaded.template()?;
@@ -186,7 +185,9 @@ fn check(args: &Args) -> Result<()> {
         return bad("--api-key is empty, or has white space around it".into());
     }
     // Refused before the model is loaded.
-    args.kv.parse::<Spec>()?;
+    if let Some(kv) = &args.kv {
+        kv.parse::<Spec>()?;
+    }
     Ok(())
 }
 

@@ -36,6 +36,7 @@ pub(crate) fn quantizers(
         qnorm: false,
         weights: FisherWeights::FisherScale2,
         zero_point: true,
+        online: false,
     };
     let encode = normal_float(bits as u32);
     let decode: Vec<f32> = encode.iter().map(|x| 0.98 * x + 0.003).collect();

@@ -1,5 +1,7 @@
 //! Signposts that need no calibration, sorted, in normalised units.
 
+use crate::side::Side;
+
 /// 2^bits evenly spaced signposts from -1 to 1.
 pub fn uniform(bits: u32) -> Vec<f32> {
     let last = (1u32 << bits) - 1;
@@ -24,6 +26,23 @@ pub fn normal_float(bits: u32) -> Vec<f32> {
     all.sort_by(f64::total_cmp);
     let top = all.iter().fold(0.0f64, |m, x| m.max(x.abs()));
     all.iter().map(|x| (x / top) as f32).collect()
+}
+
+/// 2^bits signposts that suit keys per channel and values per token of most models: the means over layers of the learned ones
+/// of SmolLM2-135M, Qwen2.5-Coder-0.5B and Gemma 3 270M (1 % outliers), which differ by less than one layer from the next,
+/// made symmetric. `None` for widths that have none.
+pub fn universal(side: Side, bits: u32) -> Option<Vec<f32>> {
+    // The upper halves.
+    let upper: &[f32] = match (side, bits) {
+        (Side::Key, 2) => &[0.212, 0.661],
+        (Side::Key, 3) => &[0.108, 0.328, 0.561, 0.824],
+        (Side::Key, 4) => &[0.054, 0.162, 0.271, 0.384, 0.499, 0.621, 0.756, 0.912],
+        (Side::Value, 2) => &[0.179, 0.612],
+        (Side::Value, 3) => &[0.093, 0.288, 0.516, 0.834],
+        (Side::Value, 4) => &[0.047, 0.140, 0.239, 0.342, 0.457, 0.587, 0.744, 0.945],
+        _ => return None,
+    };
+    Some(upper.iter().rev().map(|x| -x).chain(upper.iter().copied()).collect())
 }
 
 /// The x below which a standard normal variable lies with probability p, by bisection on its distribution.
@@ -82,6 +101,11 @@ mod tests {
             assert!(book.windows(2).all(|w| w[0] < w[1]));
             assert_eq!((book[0], *book.last().unwrap()), (-1.0, 1.0));
         }
+        for (side, bits) in [Side::Key, Side::Value].into_iter().flat_map(|s| [2, 3, 4].map(|b| (s, b))) {
+            let book = universal(side, bits).unwrap();
+            assert!(book.len() == 1 << bits && book.windows(2).all(|w| w[0] < w[1]) && book[0] > -1.0);
+        }
+        assert_eq!(universal(Side::Key, 5), None);
         assert_eq!(symmetric(2), [-2.0, -1.0, 0.0, 1.0]);
     }
 }

@@ -155,7 +155,7 @@ pub enum FileError {
     },
     /// No fit for the spec.
     #[error(
-        "the quantizer has no fit for {spec}; it has: {available}. Make one with `kvquant calibrate MODEL --self --kv {spec} -o FILE`"
+        "the quantizer has no fit for {spec}; it has: {available}. Make one with `kvquant calibrate MODEL --self --kv {spec} -o FILE`, or do without by `+online` (nuq, int, nf)"
     )]
     NoFit {
         /// The spec as asked for.

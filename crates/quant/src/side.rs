@@ -306,6 +306,21 @@ impl SideQuantizer {
         &self.lut
     }
 
+    /// Bytes of all tables.
+    pub fn table_bytes(&self) -> usize {
+        let bounds = |b: &[Vec<f32>]| b.iter().map(Vec::len).sum::<usize>();
+        let numbers = match &self.ranges {
+            Ranges::Channel { lower, upper, bounds: b, .. } => lower.len() + upper.len() + bounds(b),
+            Ranges::Mixed(m) => {
+                let wide: usize = m.wide.iter().map(|(_, w)| w.len()).sum();
+                m.lower.len() + m.upper.len() + m.places.len() / 2 + bounds(&m.bounds) + wide
+            }
+            Ranges::Token { .. } => 0,
+        };
+        let books = self.encode.len() + self.decode.len() + self.middles.len();
+        4 * (numbers + books + self.lut.steps.len()) + self.lut.widths.len() + size_of_val(&self.lut.tables[..])
+    }
+
     /// Scales per token; 0 where ranges are static.
     pub fn groups(&self) -> usize {
         match &self.ranges {

@@ -12,6 +12,7 @@
 //! +ktoken     keys per token                      +vchannel  values per channel
 //! +wfisher    codebook weights F, +wnone: none; default F s^2 (paper, eq. 7)
 //! +asym       with -g: a zero point beside each scale
+//! +online     no calibration: thresholds from the tokens as they come, codebooks that suit most models
 //! ```
 
 use std::fmt;
@@ -51,6 +52,8 @@ pub struct CodedSpec {
     pub weights: FisherWeights,
     /// Per-token scales come with a zero point.
     pub zero_point: bool,
+    /// Thresholds come from the tokens themselves, while they are stored, and codebooks are universal.
+    pub online: bool,
 }
 
 /// Where signposts come from.
@@ -103,7 +106,7 @@ pub enum FisherWeights {
 /// A spec string that can't be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "cache spec `{spec}`: {part} {problem}; supported: fp16, mixB (0.5 to 7), nuq2..4, int2..4, nf3..4, each with -P% (0 to 5) or -gN, then +sinkN +recentN +qnorm +postrope +ktoken +kchannel +vtoken +vchannel +wfisher +wnone +asym; for example nuq3-1%+sink1, nuq4-1%+sink4+recent64, int4-g32"
+    "cache spec `{spec}`: {part} {problem}; supported: fp16, mixB (0.5 to 7), nuq2..4, int2..4, nf3..4, each with -P% (0 to 5) or -gN, then +sinkN +recentN +qnorm +postrope +ktoken +kchannel +vtoken +vchannel +wfisher +wnone +asym +online; for example nuq3-1%+sink1, nuq4-1%+sink4+recent64, int4-g32"
 )]
 pub struct SpecError {
     spec: String,
@@ -162,6 +165,7 @@ impl FromStr for Spec {
             qnorm: false,
             weights: FisherWeights::FisherScale2,
             zero_point: true,
+            online: false,
         };
         let (mut grouped, mut shared) = (false, false);
         for part in parts {
@@ -217,6 +221,7 @@ impl FromStr for Spec {
                 "wnone" => c.weights = FisherWeights::None,
                 "asym" if grouped => c.zero_point = true,
                 "asym" => return Err(err(o, "needs -gN")),
+                "online" => c.online = true,
                 _ => return Err(err(o, "is unknown")),
             }
         }
@@ -229,7 +234,25 @@ impl FromStr for Spec {
         if c.codebook != CodebookKind::Nuq && (c.qnorm || c.weights != FisherWeights::FisherScale2) {
             return Err(err("+qnorm, +wfisher or +wnone", "needs nuq"));
         }
+        if c.online && !c.is_calibrated() {
+            return Err(err(
+                "+online",
+                "has nothing to replace: there are no static thresholds and no learned codebook",
+            ));
+        }
+        if c.online && (c.qnorm || c.weights != FisherWeights::FisherScale2) {
+            return Err(err("+online", "does not combine with what only calibration can do: +qnorm, +wfisher, +wnone"));
+        }
         Ok(Spec::Coded(c))
+    }
+}
+
+impl CodedSpec {
+    /// Whether thresholds or codebooks come from data.
+    fn is_calibrated(&self) -> bool {
+        matches!(self.codebook, CodebookKind::Nuq | CodebookKind::Mix { .. })
+            || self.keys == Scope::Channel
+            || self.values == Scope::Channel
     }
 }
 
@@ -294,6 +317,7 @@ impl fmt::Display for Spec {
             (c.weights == FisherWeights::Fisher, "+wfisher"),
             (c.weights == FisherWeights::None, "+wnone"),
             (grouped && c.zero_point, "+asym"),
+            (c.online, "+online"),
         ] {
             if set {
                 f.write_str(option)?;
@@ -309,14 +333,20 @@ impl Spec {
         if let Spec::Coded(c) = self { c.sinks } else { 0 }
     }
 
-    /// Last tokens kept in fp16, at least.
+    /// Last tokens kept in fp16, at least. Where thresholds come from the tokens themselves, a block is whole first.
     pub fn recent(&self) -> usize {
-        if let Spec::Coded(c) = self { c.recent } else { 0 }
+        if let Spec::Coded(c) = self { c.recent.max(usize::from(c.online)) } else { 0 }
+    }
+
+    /// The same cache without calibration, if there is such.
+    pub fn to_online(&self) -> Option<Spec> {
+        let online = format!("{self}+online");
+        online.parse().ok().filter(|_| self.needs_fit())
     }
 
     /// Whether a fit from a quantizer file is needed: a learned codebook, or static ranges of channels.
     pub fn needs_fit(&self) -> bool {
-        matches!(self, Spec::Coded(c) if matches!(c.codebook, CodebookKind::Nuq | CodebookKind::Mix { .. }) || c.keys == Scope::Channel || c.values == Scope::Channel)
+        matches!(self, Spec::Coded(c) if c.is_calibrated() && !c.online)
     }
 
     /// What identifies a fit: the canonical string without the recent window, which no fit depends on.
@@ -348,6 +378,8 @@ mod tests {
             "mix3+sink1",
             "mix2.5+sink4+recent32",
             "mix3.25",
+            "nuq3-1%+sink1+recent32+online",
+            "int4+postrope+online",
         ] {
             assert_eq!(s.parse::<Spec>().unwrap().to_string(), s);
         }
@@ -384,6 +416,9 @@ mod tests {
             ("int4-1%-g32", "-gN"),
             ("int4+asym", "`asym`"),
             ("sim:q4_0", "`sim:q4_0` is another program's format, simulated: only `eval` and `ablate`"),
+            ("mix3+online", "`online`"),
+            ("int4-g32+online", "+online"),
+            ("nuq3+wnone+online", "+online"),
         ] {
             let e = s.parse::<Spec>().unwrap_err().to_string();
             assert!(e.contains(part) && e.contains("nuq3-1%+sink1"), "{s}: {e}");
@@ -398,5 +433,16 @@ mod tests {
         assert!(!"int4-g32".parse::<Spec>().unwrap().needs_fit());
         assert!(!"int3+ktoken".parse::<Spec>().unwrap().needs_fit());
         assert!("int3".parse::<Spec>().unwrap().needs_fit());
+    }
+
+    #[test]
+    fn online_takes_the_place_of_a_fit() {
+        let spec = |s: &str| s.parse::<Spec>().unwrap();
+        let online = spec("nuq3-1%+sink1").to_online().unwrap();
+        assert_eq!(online.to_string(), "nuq3-1%+sink1+online");
+        assert!(!online.needs_fit());
+        // A block is quantized when it is whole.
+        assert_eq!((online.recent(), spec("nuq3+recent32+online").recent()), (1, 32));
+        assert_eq!([spec("mix3"), spec("int4-g32"), spec("fp16"), online].map(|s| s.to_online()), [const { None }; 4]);
     }
 }

@@ -142,7 +142,7 @@ pub(super) fn read_column(
         let kind = reader.take(1)?[0];
         let length = reader.number()?;
         let data = reader.take(length)?;
-        let (full, recent, cx) = (len == BLOCK_TOKENS, empty.spec.recent() > 0, layer.context());
+        let (full, recent, cx) = (len == BLOCK_TOKENS, empty.spec.recent() > 0, layer.context(0));
         if (kind == ABSENT) != (i < dropped) {
             return Err("a layer's block is missing, or there is one too many".into());
         }
