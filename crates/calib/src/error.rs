@@ -2,7 +2,7 @@
 
 use kvquant_model::ForwardError;
 use kvquant_model::sampling::SamplingError;
-use kvquant_quant::{QuantError, Side, Spec};
+use kvquant_quant::{FileError, QuantError, Side, Spec};
 
 /// Why a model could not be calibrated.
 #[derive(Debug, thiserror::Error)]
@@ -13,6 +13,23 @@ pub enum CalibError {
     /// A token could not be sampled.
     #[error("sampling a calibration window: {0}")]
     Sampling(#[from] SamplingError),
+    /// The quantizer to be tuned is of another model, or has no fit for the spec.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Only fits with learned signposts that are decoded as they are encoded.
+    #[error("{spec} cannot be tuned; supported: mixB and nuq2..4, keys before RoPE, without +qnorm and +online")]
+    NotTunable {
+        /// The spec.
+        spec: Spec,
+    },
+    /// Windows to tune on and windows to measure on.
+    #[error("tuning needs at least {needed} windows, some of them held out, got {windows}; use more --windows")]
+    TuneWindows {
+        /// Windows given.
+        windows: usize,
+        /// The least number.
+        needed: usize,
+    },
     /// No window was given, or one of no use.
     #[error("calibration needs at least one window of two tokens, got {windows} of {ctx}; give a longer text")]
     NoWindows {

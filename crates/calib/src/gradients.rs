@@ -17,9 +17,9 @@ use crate::layer::{DenseLayer, LayerGrads};
 use crate::{CalibError, ops};
 
 /// Bytes of logits held at a time.
-const LOGIT_BYTES: usize = 64 << 20;
+pub(crate) const LOGIT_BYTES: usize = 64 << 20;
 /// Rows of the head dequantized at a time.
-const HEAD_ROWS: usize = 4096;
+pub(crate) const HEAD_ROWS: usize = 4096;
 
 /// Bytes that the head takes beside its input and gradient.
 pub(crate) fn head_bytes(hidden: usize) -> usize {
@@ -72,7 +72,7 @@ pub(crate) fn window_gradients(
     }
     for (i, layer) in model.layers.iter().enumerate().rev() {
         let Some(keep) = kept.pop() else { break };
-        let grads = DenseLayer::new(&model.config, i, layer).backward(&keep, d, rotations.of(model, i));
+        let grads = DenseLayer::new(&model.config, i, layer).backward(&keep, d, rotations.of(model, i), &|_, _| {});
         on_layer(i, &grads)?;
         d = grads.d_input;
     }
@@ -90,7 +90,7 @@ pub(crate) fn window_loss(model: &Model, tokens: &[u32], rotations: &Rotations, 
 }
 
 /// `[tokens, hidden]`
-fn embed(model: &Model, tokens: &[u32]) -> Vec<f32> {
+pub(crate) fn embed(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let hidden = model.config.hidden;
     let mut x = vec![0.0; tokens.len() * hidden];
     x.par_chunks_mut(hidden).zip(tokens).for_each(|(row, id)| {
@@ -144,7 +144,7 @@ fn head(model: &Model, x: &[f32], tokens: &[u32], gradient: bool) -> (f64, Vec<f
 }
 
 /// Rows `at..` of the head, as many as fit in `out`.
-fn dequant_rows<'a>(head: &Weight, at: usize, out: &'a mut [f32]) -> &'a [f32] {
+pub(crate) fn dequant_rows<'a>(head: &Weight, at: usize, out: &'a mut [f32]) -> &'a [f32] {
     let cols = head.cols();
     let rows = (out.len() / cols).min(head.rows() - at);
     let out = &mut out[..rows * cols];

@@ -175,8 +175,8 @@ impl DenseLayer {
         (gate, up)
     }
 
-    /// The layer's output, and what its backward pass needs. `edit` may change keys and values: the finite
-    /// differences of the tests do.
+    /// The layer's output, and what its backward pass needs. `edit` may change keys and values: tuning
+    /// quantizes them there.
     pub(crate) fn forward(
         &self,
         input: Vec<f32>,
@@ -193,8 +193,15 @@ impl DenseLayer {
         (mid, Kept { input, attended })
     }
 
-    /// From the gradient of the layer's output to those of its keys, values and input.
-    pub(crate) fn backward(&self, kept: &Kept, d_out: Vec<f32>, rotations: &[Rotation]) -> LayerGrads {
+    /// From the gradient of the layer's output to those of its keys, values and input. `edit` is that of the forward pass;
+    /// what it changes counts as passed straight through.
+    pub(crate) fn backward(
+        &self,
+        kept: &Kept,
+        d_out: Vec<f32>,
+        rotations: &[Rotation],
+        edit: &dyn Fn(&mut [f32], &mut [f32]),
+    ) -> LayerGrads {
         let Kept { input, attended } = kept;
         let mut d_mid = d_out;
         let mut d_normed = vec![0.0; d_mid.len()];
@@ -222,7 +229,7 @@ impl DenseLayer {
         let mut d_attended = vec![0.0; attended.out.len()];
         let d_projected = self.norm_back(&projected, &self.post_attn_norm, d_mid.clone());
         ops::linear_back(&d_projected, &self.o, self.q_width(), &mut d_attended, false);
-        let p = self.project(input, rotations, &|_, _| {});
+        let p = self.project(input, rotations, edit);
         let grads = self.heads.backward(&p.q, &p.k, &p.v, attended, &d_attended);
         let mut d_q = ops::rotate_back(&grads.q, self.q_width(), rotations);
         ops::scale_rows(&mut d_q, &self.query_scale);

@@ -5,6 +5,7 @@
 //!                ──percentiles───────▶ thresholds                                        thresholds
 //!                ──weighted k-means──▶ signposts                                         kmeans, fit
 //!                ──axes, books of all widths, choice──▶ mixed widths                     mixed
+//! a quantizer ──forward through it, KL divergence, backward──▶ a better one              tune
 //! ```
 //!
 //! One backward pass serves every spec: bits, outlier share, sinks, weights, RoPE stage and Q-Norm differ only in
@@ -24,9 +25,11 @@ mod samples;
 #[cfg(test)]
 mod testing;
 mod thresholds;
+mod tune;
 
 pub use error::CalibError;
 pub use sample::{sample_windows, sample_windows_from};
+pub use tune::{TuneOptions, Tuned, tune};
 
 use std::collections::{BTreeMap, BTreeSet};
 

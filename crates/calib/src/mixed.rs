@@ -6,7 +6,7 @@
 //! searched until the mean fits (Lagrange).
 
 mod books;
-mod transform;
+pub(crate) mod transform;
 
 use kvquant_quant::pack::{MAX_BITS, UNIT_CHANNELS};
 use kvquant_quant::{LayerFit, MixedFit, Side, SideFit, TOP, Table};

@@ -72,37 +72,41 @@ impl Source {
     }
 }
 
+impl Source {
+    /// Windows of token ids, and what to call their text.
+    pub fn windows_of(&self, loaded: &Loaded) -> Result<(Vec<Vec<u32>>, String)> {
+        if self.windows == 0 || self.ctx < 2 {
+            return Err(Input("--windows must be at least 1 and --ctx at least 2".into()).into());
+        }
+        let Some(path) = &self.text else {
+            let mut bar = Progress::new();
+            let mut progress = |s: Step<'_>| bar.update(s.stage, s.done as u64, s.total as u64);
+            let (n, ctx, seed) = (self.windows, self.ctx, self.seed);
+            let windows = sample_windows_from(&loaded.model, loaded.bos(), n, ctx, seed, &mut progress)?;
+            return Ok((windows, format!("sampled by the model itself, seed {seed}")));
+        };
+        let ids = loaded.tokenizer.encode(&read_text(path)?, false)?;
+        let need = self.windows * self.ctx;
+        if ids.len() < need {
+            let (got, n, ctx, text) = (ids.len(), self.windows, self.ctx, path.display());
+            let problem = format!(
+                "{text}: {got} tokens, and {n} windows of {ctx} need {need}; use a longer text or fewer --windows"
+            );
+            return Err(Input(problem).into());
+        }
+        let mut windows: Vec<_> = ids.chunks_exact(self.ctx).take(self.windows).map(<[u32]>::to_vec).collect();
+        if let Some(bos) = loaded.bos() {
+            windows.iter_mut().for_each(|w| w[0] = bos);
+        }
+        Ok((windows, path.file_name().unwrap_or_default().to_string_lossy().into_owned()))
+    }
+}
+
 /// Calibrates on what `source` says.
 pub fn fit(loaded: &Loaded, source: &Source, specs: &[Spec]) -> Result<Quantizer> {
+    let (windows, name) = source.windows_of(loaded)?;
     let mut bar = Progress::new();
     let mut progress = |s: Step<'_>| bar.update(s.stage, s.done as u64, s.total as u64);
-    if source.windows == 0 || source.ctx < 2 {
-        return Err(Input("--windows must be at least 1 and --ctx at least 2".into()).into());
-    }
-    let (windows, name) = match &source.text {
-        None => (
-            sample_windows_from(&loaded.model, loaded.bos(), source.windows, source.ctx, source.seed, &mut progress)?,
-            format!("sampled by the model itself, seed {}", source.seed),
-        ),
-        Some(path) => {
-            let ids = loaded.tokenizer.encode(&read_text(path)?, false)?;
-            let need = source.windows * source.ctx;
-            if ids.len() < need {
-                let (got, n) = (ids.len(), source.windows);
-                let text = path.display();
-                let problem = format!(
-                    "{text}: {got} tokens, and {n} windows of {} need {need}; use a longer text or fewer --windows",
-                    source.ctx
-                );
-                return Err(Input(problem).into());
-            }
-            let mut windows: Vec<_> = ids.chunks_exact(source.ctx).take(source.windows).map(<[u32]>::to_vec).collect();
-            if let Some(bos) = loaded.bos() {
-                windows.iter_mut().for_each(|w| w[0] = bos);
-            }
-            (windows, path.file_name().unwrap_or_default().to_string_lossy().into_owned())
-        }
-    };
     Ok(calibrate(&loaded.model, &windows, specs, &name, &mut progress)?)
 }
 

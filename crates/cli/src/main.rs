@@ -19,6 +19,7 @@ mod quantizers;
 mod retrieve;
 mod serve;
 mod session;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -59,6 +60,8 @@ enum Command {
     Pull(pull::Args),
     /// Fit thresholds and codebooks to a model: text in, quantizer file out
     Calibrate(calibrate::Args),
+    /// Tune the signposts of a quantizer with the cache in the loop
+    Tune(tune::Args),
     /// Show what is in a model or quantizer file, or which kernels this CPU gets
     Inspect(inspect::Args),
     /// Answer one prompt
@@ -104,6 +107,7 @@ fn command(command: Command) -> Result<()> {
         Command::Demo(a) => demo::run(a),
         Command::Pull(a) => pull::run(a),
         Command::Calibrate(a) => calibrate::run(a),
+        Command::Tune(a) => tune::run(a),
         Command::Inspect(a) => inspect::run(a),
         Command::Generate(a) => generate::run(a),
         Command::Chat(a) => chat::run(a),

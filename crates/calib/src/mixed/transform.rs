@@ -47,7 +47,7 @@ pub(super) fn key_angles(x: &[f32], width: usize) -> Vec<f32> {
 }
 
 /// Turns pairs in place by `angles`.
-pub(super) fn turn(x: &mut [f32], angles: &[f32]) {
+pub(crate) fn turn(x: &mut [f32], angles: &[f32]) {
     let turns: Vec<(f32, f32)> = angles.iter().map(|a| a.sin_cos()).collect();
     x.par_chunks_exact_mut(2 * angles.len()).for_each(|token| {
         for (pair, (s, c)) in token.as_chunks_mut::<2>().0.iter_mut().zip(&turns) {
@@ -72,14 +72,30 @@ pub(super) fn value_bases(x: &[f32], width: usize, head_dim: usize) -> Vec<f32> 
 }
 
 /// Applies each head's basis to `x` `[tokens, heads, head_dim]`, in place.
-pub(super) fn project(x: &mut [f32], bases: &[f32], head_dim: usize) {
+pub(crate) fn project(x: &mut [f32], bases: &[f32], head_dim: usize) {
+    each_head(x, bases, head_dim, |head, basis, out| {
+        for (o, row) in out.iter_mut().zip(basis.chunks_exact(head_dim)) {
+            *o = row.iter().zip(head).map(|(a, b)| a * b).sum();
+        }
+    });
+}
+
+/// Takes each head back from its basis, in place.
+pub(crate) fn restore(x: &mut [f32], bases: &[f32], head_dim: usize) {
+    each_head(x, bases, head_dim, |head, basis, out| {
+        out.fill(0.0);
+        for (h, row) in head.iter().zip(basis.chunks_exact(head_dim)) {
+            out.iter_mut().zip(row).for_each(|(o, b)| *o += h * b);
+        }
+    });
+}
+
+fn each_head(x: &mut [f32], bases: &[f32], head_dim: usize, turn: impl Fn(&[f32], &[f32], &mut [f32]) + Sync) {
     let width = bases.len() / head_dim;
     x.par_chunks_exact_mut(width).for_each(|token| {
         let mut out = vec![0.0f32; head_dim];
         for (head, basis) in token.chunks_exact_mut(head_dim).zip(bases.chunks_exact(head_dim * head_dim)) {
-            for (o, row) in out.iter_mut().zip(basis.chunks_exact(head_dim)) {
-                *o = row.iter().zip(&*head).map(|(a, b)| a * b).sum();
-            }
+            turn(head, basis, &mut out);
             head.copy_from_slice(&out);
         }
     });
