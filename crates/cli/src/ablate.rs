@@ -9,6 +9,7 @@ use kvquant_eval::{Candidate, EvalOptions, Format, Report, agree, evaluate};
 use kvquant_quant::{Quantizer, Spec};
 
 use crate::calibrate::{Source, fit};
+use crate::eval::{file_name, with_late_halves};
 use crate::failure::Input;
 use crate::models;
 use crate::output::{read_text, say, write};
@@ -37,6 +38,9 @@ pub struct Args {
     /// Windows of the text to measure on
     #[arg(long, value_name = "N", default_value_t = 2)]
     eval_windows: usize,
+    /// A text of another kind, for the late halves of windows of one more table
+    #[arg(long, value_name = "FILE")]
+    late_text: Option<PathBuf>,
     /// Measure these caches of the tables only, separated by commas
     #[arg(long, value_name = "SPECS")]
     only: Option<String>,
@@ -54,7 +58,7 @@ pub struct Args {
 }
 
 /// A table: what it shows, and its caches.
-const TABLES: [(&str, &[&str]); 10] = [
+const TABLES: [(&str, &[&str]); 11] = [
     ("Widths", &["fp16", "nuq4-1%+sink1", "nuq3-1%+sink1", "nuq2-1%+sink1"]),
     (
         "Scopes: keys per channel or token, values per token or channel",
@@ -86,8 +90,23 @@ const TABLES: [(&str, &[&str]); 10] = [
         "Weights of the codebook fit, and Q-Norm",
         &["nuq3-1%+sink1", "nuq3-1%+sink1+wfisher", "nuq3-1%+sink1+wnone", "nuq2-1%+sink1", "nuq2-1%+sink1+qnorm"],
     ),
+    (
+        "Without a quantizer file",
+        &[
+            "nuq4-1%+sink1+recent1",
+            "nuq4-1%+sink1+online",
+            "nuq3-1%+sink1+recent1",
+            "nuq3-1%+sink1+online",
+            "nuq2-1%+sink1+recent1",
+            "nuq2-1%+sink1+online",
+        ],
+    ),
     ("Per-token groups, without calibration", &["int4-g32", "int4-g32+asym", "int3-g32", "nf4-g32"]),
 ];
+
+/// Caches that read two texts in one context.
+const SHIFTED: [&str; 5] =
+    ["mix4+sink1", "mix3+sink1", "nuq3-1%+sink1+recent1", "nuq3-1%+sink1+online", "nuq2-1%+sink1+online"];
 
 /// Caches that are asked for hidden numbers and that continue texts.
 const LONG: [&str; 5] = ["fp16", "mix4+sink1", "mix3+sink1", "mix2+sink1", "nuq3-1%+sink1"];
@@ -140,11 +159,23 @@ pub fn run(args: Args) -> Result<()> {
         prefill: Prefill::Quantized,
         bos: loaded.bos(),
     };
-    let name = args.on.file_name().unwrap_or_default().to_string_lossy();
+    let name = file_name(&args.on);
     let mut progress = Progress::new();
     let mut report = evaluate(&loaded.model, &loaded.name, &ids, &name, &candidates, &options, &mut |done, total| {
         progress.update("evaluating", done as u64, total as u64);
     })?;
+    let shifted = match &args.late_text {
+        None => None,
+        Some(late) => {
+            let late_ids = loaded.tokenizer.encode(&read_text(late)?, false)?;
+            let ids = with_late_halves(&ids, &late_ids, options.ctx, options.windows)?;
+            let some: Vec<_> = candidates.iter().filter(|c| SHIFTED.contains(&c.name.as_str())).cloned().collect();
+            let name = file_name(late);
+            Some(evaluate(&loaded.model, &loaded.name, &ids, &name, &some, &options, &mut |done, total| {
+                progress.update("evaluating two texts", done as u64, total as u64);
+            })?)
+        }
+    };
     let long: Vec<_> = candidates.iter().filter(|c| LONG.contains(&c.name.as_str())).cloned().collect();
     let ends = loaded.tokenizer.end_of_turn();
     let generation = agree(&loaded.model, &ids, &long, &options, args.generate, ends, &mut |done, total| {
@@ -159,13 +190,18 @@ pub fn run(args: Args) -> Result<()> {
     let retrieval: Vec<(Task, RetrievalReport)> = both.into_iter().collect::<Result<_>>()?;
     if args.json {
         let reports: Vec<_> = retrieval.iter().map(|(_, r)| r).collect();
-        say!("{}", serde_json::to_string_pretty(&serde_json::json!({ "quality": report, "retrieval": reports }))?);
+        say!(
+            "{}",
+            serde_json::to_string_pretty(
+                &serde_json::json!({ "quality": report, "shifted": shifted, "retrieval": reports })
+            )?
+        );
     }
     let plot = args.output.as_ref().map(|path| path.with_extension("svg"));
     if let Some(path) = &plot {
         write(path, &report.plot_svg()?)?;
     }
-    let page = page(&report, &retrieval, &args, quantizer.as_ref(), plot.as_deref());
+    let page = page(&report, shifted.as_ref(), &retrieval, &args, quantizer.as_ref(), plot.as_deref());
     match &args.output {
         Some(path) => write(path, &page),
         None if !args.json => {
@@ -178,16 +214,16 @@ pub fn run(args: Args) -> Result<()> {
 
 /// The options that make the report again, file names for paths.
 fn options(args: &Args) -> String {
-    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let list = |all: &[usize]| all.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
     let source = match &args.quantizer {
-        Some(path) => format!("--quantizer {} --ctx {}", name(path), args.source.ctx()),
+        Some(path) => format!("--quantizer {} --ctx {}", file_name(path), args.source.ctx()),
         None => args.source.options(),
     };
+    let late = args.late_text.as_ref().map_or(String::new(), |path| format!(" --late-text {}", file_name(path)));
     let only = args.only.as_ref().map_or(String::new(), |only| format!(" --only '{only}'"));
     format!(
-        "--on {} {source} --eval-windows {}{only} --lengths {} --depths {} --trials {} --generate {}",
-        name(&args.on),
+        "--on {} {source} --eval-windows {}{late}{only} --lengths {} --depths {} --trials {} --generate {}",
+        file_name(&args.on),
         args.eval_windows,
         list(&args.cells.lengths),
         list(&args.cells.depths),
@@ -198,6 +234,7 @@ fn options(args: &Args) -> String {
 
 fn page(
     all: &Report,
+    shifted: Option<&Report>,
     retrieval: &[(Task, RetrievalReport)],
     args: &Args,
     quantizer: Option<&Quantizer>,
@@ -234,6 +271,14 @@ fn page(
             page += "`sim`: what the format gives back takes the place of keys and values in an fp16 cache; bits by formula, simplifications in\n[specs.md](specs.md).\n\n";
         }
         page += &part.table();
+    }
+    if let Some(shifted) = shifted.filter(|s| !s.results.is_empty()) {
+        page += &format!(
+            "\n## Another kind of text within a context\n\nThe late half of each window comes from {}; its column is what a cache makes of a text that neither\n\
+             calibration nor the first half knew.\n\n{}",
+            shifted.text,
+            shifted.table()
+        );
     }
     if let Some(g) = &all.generation {
         page += &format!(

@@ -1,12 +1,13 @@
 //! `kvquant eval`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use kvquant_cache::Prefill;
 use kvquant_eval::{Candidate, EvalOptions, agree, evaluate};
 use kvquant_quant::Spec;
 
+use crate::failure::Input;
 use crate::models;
 use crate::output::{read_text, say, write};
 use crate::progress::Progress;
@@ -22,6 +23,9 @@ pub struct Args {
     /// Text to measure on
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
+    /// Take the late half of each window from this text: how caches bear another kind of text within a context
+    #[arg(long, value_name = "FILE")]
+    late_text: Option<PathBuf>,
     /// Caches, separated by commas; also sim:q8_0, sim:q4_0, sim:q4_0-rot, sim:kivi4-g32, sim:kivi2-g32, sim:turbo4 and
     /// sim:turbo3, other programs' formats, simulated
     #[arg(
@@ -72,13 +76,39 @@ impl From<PrefillArg> for Prefill {
     }
 }
 
+/// Windows whose late halves come from another text, each text from its beginning on.
+pub fn with_late_halves(early: &[u32], late: &[u32], ctx: usize, windows: usize) -> Result<Vec<u32>> {
+    let (first, second) = (ctx / 2, ctx - ctx / 2);
+    let have = (early.len() / first.max(1)).min(late.len() / second.max(1));
+    if have < windows {
+        let problem = format!(
+            "the texts have {} and {} tokens, enough for the halves of {have} windows of {ctx}, and {windows} are asked for; use longer texts, fewer windows or a smaller --ctx",
+            early.len(),
+            late.len()
+        );
+        return Err(Input(problem).into());
+    }
+    let halves = early.chunks_exact(first.max(1)).zip(late.chunks_exact(second.max(1)));
+    Ok(halves.take(windows).flat_map(|(a, b)| a.iter().chain(b)).copied().collect())
+}
+
+pub fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
 pub fn run(args: Args) -> Result<()> {
     let kvs = models::formats(&args.kv)?;
     let text = read_text(&args.text)?;
     let loaded = models::load(&args.model, Some(args.ctx))?;
     let specs: Vec<&Spec> = kvs.iter().filter_map(|(_, f)| f.spec()).collect();
     let quantizer = quantizers::find(args.quantizer.as_deref(), &loaded.model, &specs)?;
-    let ids = loaded.tokenizer.encode(&text, false)?;
+    let mut ids = loaded.tokenizer.encode(&text, false)?;
+    let mut name = file_name(&args.text);
+    if let Some(late) = &args.late_text {
+        let late_ids = loaded.tokenizer.encode(&read_text(late)?, false)?;
+        ids = with_late_halves(&ids, &late_ids, args.ctx, args.first_window + args.windows)?;
+        name = format!("{name}, late halves {}", file_name(late));
+    }
     let candidates: Vec<_> =
         kvs.into_iter().map(|(name, format)| Candidate { name, format, quantizer: quantizer.as_ref() }).collect();
     let options = EvalOptions {
@@ -88,7 +118,6 @@ pub fn run(args: Args) -> Result<()> {
         prefill: args.prefill.into(),
         bos: loaded.bos(),
     };
-    let name = args.text.file_name().unwrap_or_default().to_string_lossy();
     let mut progress = Progress::new();
     let mut report = evaluate(&loaded.model, &loaded.name, &ids, &name, &candidates, &options, &mut |done, total| {
         progress.update("evaluating", done as u64, total as u64);
