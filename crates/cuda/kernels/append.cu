@@ -182,38 +182,35 @@ extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a)
     if (at < OPEN_OUTLIERS) list[at] = outlier_word(c, t, bits);
   };
   {
-    const u32 group = warp;
+    // Tiles 2 * warp and 2 * warp + 1.
     u32 w[BITS];
 #pragma unroll
-    for (int i = 0; i < BITS; i++) w[i] = t0 ? *(const u32*)(unit + word_byte(lane, group * BITS + i)) : 0;
-    auto put = [&](int n, int half, u32 code) {
-      const int at = n * 2 * BITS + half * BITS;
-      w[at / 32] |= code << at % 32;
-      if (at % 32 + BITS > 32) w[at / 32 + 1 < BITS ? at / 32 + 1 : 0] |= code >> (32 - at % 32);
-    };
+    for (int i = 0; i < BITS; i++) w[i] = t0 ? *(const u32*)(unit + word_byte(lane, warp * BITS + i)) : 0;
     if (side == 0) {
+      // 32 channels, of which this lane has 8, for 32 tokens, of which it has 4.
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const u32 c = group * 16 + tq * 4 + i, all = head * DIM + c;
+      for (int i = 0; i < 8; i++) {
+        const u32 pair = warp / 2 * 16 + i / 4 * 8 + tq * 2 + i % 2, c = pair * 2 + i / 2 % 2, all = head * DIM + c;
         float bound[POSTS - 1];
 #pragma unroll
         for (int m = 0; m < POSTS - 1; m++) bound[m] = a.bounds[m * CHANNELS + all];
         const float lower = a.lower[all], upper = a.upper[all];
 #pragma unroll
-        for (int r = 0; r < 8; r++) {
-          const u32 t = r * 8 + g;
+        for (int r = 0; r < 4; r++) {
+          const u32 t = warp % 2 * 32 + r * 8 + g;
           if (t >= t0 && t < t1) {
             const float x = a.keys[(row + t) * CHANNELS + all];
             if (!(fabsf(x) <= 65504.0f)) atomicMax(a.status, 1u);
             u32 code = 0;
 #pragma unroll
             for (int m = 0; m < POSTS - 1; m++) code += x > bound[m];
-            put(r * 2 + i % 2, i / 2, code);
+            put_code(w, 0, r / 2, (i / 4 * 2 + r % 2) * 4 + i % 4, code);
             if (a.keep && (x < lower || x > upper)) keep(c, t, x, a.key_posts[all * POSTS + code]);
           }
         }
       }
     } else {
+      // 16 channels, of which this lane has 2, for 64 tokens, of which it has 16.
 #pragma unroll
       for (int i = 0; i < 16; i++) {
         const u32 t = tq * 16 + i;
@@ -223,13 +220,13 @@ extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a)
           const float inverse = scale != 0 ? __fdiv_rn(1.0f, scale) : 0;
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            const u32 c = group * 16 + r * 8 + g, all = head * DIM + c;
+            const u32 c = warp * 16 + r * 8 + g, all = head * DIM + c;
             const float x = a.values[(row + t) * CHANNELS + all];
             const float y = __fmul_rn(__fsub_rn(x, zero), inverse);
             u32 code = 0;
 #pragma unroll
             for (int m = 0; m < POSTS - 1; m++) code += y > a.value_bounds[m];
-            put(i / 4 * 4 + i / 2 % 2 * 2 + r, i % 2, code);
+            put_code(w, 1, i / 8, (i / 4 % 2 * 2 + r) * 4 + i % 4, code);
             const u32 rank = rank_of(x);
             const bool low = rank < range.low || (rank == range.low && (int)all <= range.low_at);
             if (low || rank > range.high || (rank == range.high && (int)all <= range.high_at))
@@ -237,11 +234,11 @@ extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a)
           }
         }
       }
-      if (group == 0 && head == 0)
+      if (warp == 0 && head == 0)
         for (u32 t = t0 + lane; t < t1; t += 32) ((u32*)(record + scales_at(kv_heads)))[t] = a.ranges[row + t].scale;
     }
 #pragma unroll
-    for (int i = 0; i < BITS; i++) *(u32*)(unit + word_byte(lane, group * BITS + i)) = w[i];
+    for (int i = 0; i < BITS; i++) *(u32*)(unit + word_byte(lane, warp * BITS + i)) = w[i];
   }
   __syncthreads();
   u32 n = count;

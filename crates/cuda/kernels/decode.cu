@@ -1,30 +1,39 @@
 // One query token against a compressed history: flash-decoding, a warp takes whole blocks and needs no other warp until
 // the end.
 //
-// Keys:   codes -> (table in shared memory, a copy for each lane) fp16 signposts of two channels -> * scale + zero
-//         -> turned by the place in the block -> mma: 16 tokens x 16 channels times 16 channels x 8 query heads
-// Values: codes -> signposts of two tokens -> mma: 16 channels x 16 tokens times 16 tokens x 8 heads' weights
-// The query is turned back to the block's origin; a value's scale multiplies its weight, its zero point a sum.
-// Weights are at most 2^14 in fp16: the running maximum is over score and score + log2(scale).
+// Codes become signposts of 8 bits by byte permutations (codes.cuh), four channels or tokens a register. A block's middle
+// is where the query is turned back to; a key's place j is counted from there. Keys come in slabs of 16 RoPE pairs:
+//
+//   turned    the first TURNED slabs: signposts -> halves -> * scale + zero -> turned by j -> mma with fp16 queries
+//   series    slow pairs, for one query head: cos(theta j) and sin(theta j) are polynomials of j with TERMS terms (Chebyshev),
+//             so q R(j) k = sum_r T_r(j / 32) (sum_i c_r(theta_i) q_i . k_i): the keys are not turned, each term is
+//             a column of an integer mma (queries of 16 bits in two bytes), and polynomials are summed once a token
+//
+// Values:   signposts -> integer mma with weights of 16 bits, whose greatest in a block is 65,504; sums are scaled back
+//           block by block. A value's scale multiplies its weight, its zero point a sum.
 // Outliers: one lane each, added as integers (shared memory adds those in one instruction) under a power of two that
-// no sum of the unit can overflow.
+//           no sum of the unit can overflow.
 
-#define REPLICAS (BITS == 2 ? 16 : 32)
-#define LUT_BYTES (BITS == 3 ? 8192 : 32768)
-#define LUT_ENTRIES (LUT_BYTES / 128)
-#define TURN_BYTES (DIM * 128)
-#define LUT_KEYS 0
-#define LUT_VALUES LUT_BYTES
-#define TURN (2 * LUT_BYTES)
-#define UNITS_SZ (TURN + TURN_BYTES)
+#define SLABS (DIM / 32)
+#define SERIES (SLABS - TURNED)
+#define TERMS 8
+#define SETS ((GROUP + 3) / 4)
+#define TURN_BYTES (TURNED * 4096)
+#define TURN 0
+#define PLACES (TURN + TURN_BYTES)
+#define UNITS_SZ (PLACES + DIM * 128)
 #define QUERIES (UNITS_SZ + DIM * 4)
 #define REACH (QUERIES + GROUP * DIM * 4)
-#define WARP_PARTS (REACH + 32)
+#define POSTS (REACH + 32)
+#define BASIS (POSTS + 32)
+#define COLUMNS (BASIS + (SERIES ? 2048 : 0))
+#define WARP_PARTS (COLUMNS + SERIES * 6 * 512)
 // of a warp
 #define NEAR_OUTLIERS 128
 #define KEY_CODES 0
 #define KEY_OUTLIERS (KEY_CODES + UNIT_BYTES)
-#define VALUE_CODES (KEY_OUTLIERS + NEAR_OUTLIERS * 4)
+#define ANGLES (KEY_OUTLIERS + NEAR_OUTLIERS * 4)
+#define VALUE_CODES (ANGLES + DIM * 4)
 #define SCALES (VALUE_CODES + UNIT_BYTES)
 #define VALUE_OUTLIERS (SCALES + 256)
 #define SCORES (VALUE_OUTLIERS + NEAR_OUTLIERS * 4)
@@ -36,42 +45,25 @@
 #define FACTORS (LOCAL_QUERY + GROUP * DIM * 2)
 #define WARP_BYTES (FACTORS + 64)
 static_assert(WARP_PARTS + WARPS * WARP_BYTES == SHARED, "the host counts as we do");
+static_assert(SERIES == 0 || GROUP == 1, "terms of one query head fill the columns of a product");
 
 struct DecodeArgs {
   const u8* pool;
   const Sequence* sequences;
   const float* q;          // [sequences][heads][DIM], turned, times log2(e) / sqrt(DIM)
-  const float4* origins;   // [blocks][DIM / 4]: cos, sin, cos, sin of the first position of each block
+  const float4* origins;   // [blocks][DIM / 4]: cos, sin, cos, sin of the middle of each block
   const uint4* turn;       // [DIM / 16][4][32]: cos, sin of token g + 16 m, then of token g + 16 m + 8; two pairs each
-  const u32* key_lut;
-  const u32* value_lut;
-  const uint4* units;      // [kv_heads][DIM / 4]: scale x, zero x, scale y, zero y; two pairs each
+  const uint4* places;     // [DIM / 2][16]: cos, sin of 64 places, in fp16
+  const float* series;     // [TERMS][DIM / 2]: c_r(theta_i)
+  const float4* basis;     // [4][32]: T_r of token g + 16 m for r = 2 q, 2 q + 1, then of token g + 16 m + 8
+  const u32* key_posts;    // 2^BITS signposts
+  const u32* value_posts;
+  const uint4* units;      // [kv_heads][DIM / 4]: scale x, zero x, scale y, zero y; two pairs each; scales of 128 steps
   float* out;              // [sequences][heads][splits][DIM]
   float* sums;             // [sequences][heads][splits][2]: maximum, sum
+  float value_step;        // one step of a value's signpost
   u32 heads, kv_heads, splits, passes;
 };
-
-// Two codes' signposts for operand N of a group; for 2 bits also those of operand N + 1.
-template <int N> FN void look_up(const u8* lut, const u32* w, u32 lane_part, u32& a, u32& b) {
-#if BITS == 2
-  constexpr int at = N * 4 - 7;
-  u32 v = at < 0 ? w[0] << -at : w[N / 8] >> (at % 32 < 0 ? 0 : at % 32);
-  if (N == 8) v = __funnelshift_r(w[0], w[1], 25);
-  const uint2 e = *(const uint2*)(lut + ((v & 0xff << 7) | lane_part));
-  a = e.x, b = e.y;
-#else
-  constexpr u32 mask = ((1u << 2 * BITS) - 1) << 7;
-  auto one = [&](int n) {
-    int at = n * 2 * BITS - 7;
-    u32 v;
-    if (at < 0) v = w[0] << -at;
-    else if (at % 32 + 7 + 2 * BITS <= 32) v = w[at / 32] >> at % 32;
-    else v = __funnelshift_r(w[at / 32], w[at / 32 + 1 < BITS ? at / 32 + 1 : 0], at % 32);
-    return *(const u32*)(lut + ((v & mask) | lane_part));
-  };
-  a = one(N), b = one(N + 1);
-#endif
-}
 
 struct Header {
   u32 start[2], count[2];
@@ -85,18 +77,103 @@ FN Header unpack_header(uint4 h) {
   return r;
 }
 
-FN const u32* outliers_of(const Sequence& s, u32 start) {
-  return start & IN_OPEN ? s.open + (start & ~IN_OPEN) : s.arena + start;
-}
-
 FN void fetch_codes(u8* to, const u8* unit, u32 lane) {
 #pragma unroll
   for (int j = 0; j < DIM * BITS / 64; j++) copy16(to + j * 512 + lane * 16, unit + j * 512 + lane * 16);
 }
 
+// Nearest integer of a number below 2^21.
+FN int rounded(float x) { return __float_as_int(x + 12582912.0f) - 0x4b400000; }
+
+// Where a channel's sum of outliers is.
+FN u32 place_of(u32 channel) { return channel / 2 + channel % 2 * (DIM / 2); }
+
 FN void fetch_outliers(u8* to, const u32* list, u32 count, u32 lane) {
   if (lane * 4 < count) copy16(to + lane * 16, list + lane * 4);
 }
+
+// Words of four times two tiles.
+FN void load_words(u32* w, const u8* codes, int quad, u32 lane) {
+#pragma unroll
+  for (int j = 0; j < BITS; j++) {
+    const uint4 v = *(const uint4*)(codes + (quad * BITS + j) * 512 + lane * 16);
+    w[4 * j] = v.x, w[4 * j + 1] = v.y, w[4 * j + 2] = v.z, w[4 * j + 3] = v.w;
+  }
+}
+
+#if SERIES
+// What the lanes' columns are made of: for term g and the lane's four pairs of a slab, in steps of the integer queries,
+//   column x = A cos + B sin, column y = C cos - D sin, its product with the zero points = U cos + W sin
+// of the angle of the block's middle.
+FN void prepare_columns(u8* shared, const float* series, const float4* basis) {
+  const float* q = (const float*)(shared + QUERIES);
+  // Every second half is a scale: x of two pairs, zeros, y of two pairs, zeros.
+  const u16* units = (const u16*)(shared + UNITS_SZ);
+  auto unit = [&](u32 pair, u32 y, u32 zero) { return half_float(units[pair / 2 * 8 + y * 4 + zero * 2 + pair % 2]); };
+  float most = 1e-30f;
+  for (u32 pair = TURNED * 16 + lane_id(); pair < DIM / 2; pair += 32) {
+    const float x = q[2 * pair], y = q[2 * pair + 1];
+    most = fmaxf(most, sqrtf(x * x + y * y) * fmaxf(unit(pair, 0, 0), unit(pair, 1, 0)));
+  }
+  most = warp_max_ordered(most);
+  // No coefficient of a term is above 1.17.
+  const float steps = 27000.0f / most, step = most / 27000.0f / 128.0f, per_step = 1 / step;
+  for (u32 i = threadIdx.x; i < SERIES * 6 * 32; i += WARPS * 32) {
+    const u32 lane = i % 32, part = i / 32 % 6, slab = TURNED + i / 192, term = lane / 4;
+    float4 v;
+    float* out = (float*)&v;
+    for (u32 e = 0; e < 4; e++) {
+      // Parts 0 to 3 are A, B, C, D of a pair; 4 and 5 hold U, W of two pairs.
+      const u32 which = part < 4 ? part : (part - 4) * 2 + e / 2;
+      const u32 pair = slab * 16 + which / 2 * 8 + lane % 4 * 2 + which % 2;
+      const float x = q[2 * pair], y = q[2 * pair + 1], c = series[term * (DIM / 2) + pair];
+      // Odd terms belong to the sine: the query a quarter turn back.
+      const float qx = c * (term % 2 ? y : x), qy = c * (term % 2 ? -x : y);
+      const float sx = unit(pair, 0, 0) * steps, sy = unit(pair, 1, 0) * steps;
+      const float zx = unit(pair, 0, 1) * per_step, zy = unit(pair, 1, 1) * per_step;
+      if (part < 4) out[e] = e == 0 ? sx * qx : e == 1 ? sx * qy : e == 2 ? sy * qy : sy * qx;
+      else out[e] = e % 2 == 0 ? qx * zx + qy * zy : qy * zx - qx * zy;
+    }
+    ((float4*)(shared + COLUMNS))[i] = v;
+  }
+  for (u32 i = threadIdx.x; i < 128; i += WARPS * 32) {
+    const float4 b = basis[i];
+    ((float4*)(shared + BASIS))[i] = make_float4(b.x * step, b.y * step, b.z * step, b.w * step);
+  }
+}
+
+// A block's columns: high and low bytes of the queries, and what the zero points bring to terms 2 tq and 2 tq + 1.
+FN void make_columns(const u8* shared, const u8* angles, u32 lane, u32 (*high)[2], u32 (*low)[2], float* zeros) {
+  const u32 tq = lane % 4;
+  float zero = 0;
+#pragma unroll
+  for (int s = 0; s < SERIES; s++) {
+    const float4* part = (const float4*)(shared + COLUMNS) + s * 192 + lane;
+    const float4* turn = (const float4*)(angles + (TURNED + s) * 128);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float4 t = turn[h * 4 + tq], u = part[(4 + h) * 32];
+      u32 n[2][2];
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const float4 p = part[(2 * h + e) * 32];
+        const float c = e ? t.z : t.x, sn = e ? t.w : t.y;
+        // The mantissa ends in the integer: 1.5 * 2^23.
+        n[0][e] = __float_as_uint(fmaf(p.x, c, fmaf(p.y, sn, 12582912.0f)));
+        n[1][e] = __float_as_uint(fmaf(p.z, c, fmaf(-p.w, sn, 12582912.0f)));
+      }
+      zero = fmaf(u.x, t.x, fmaf(u.y, t.y, zero));
+      zero = fmaf(u.z, t.z, fmaf(u.w, t.w, zero));
+      // Bytes x0, x1, y0, y1: low bytes of both, then high bytes.
+      const u32 x = permute(n[0][0], n[0][1], 0x5140), y = permute(n[1][0], n[1][1], 0x5140);
+      low[s][h] = permute(x, y, 0x5410), high[s][h] = permute(x, y, 0x7632);
+    }
+  }
+  zero += __shfl_xor_sync(WARP, zero, 1);
+  zero += __shfl_xor_sync(WARP, zero, 2);
+  zeros[0] = __shfl_sync(WARP, zero, tq * 8), zeros[1] = __shfl_sync(WARP, zero, tq * 8 + 4);
+}
+#endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeArgs a) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -105,75 +182,68 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   const u32 first_head = kv_head * a.passes * GROUP + blockIdx.y % a.passes * GROUP;
   const Sequence s = a.sequences[seq];
 
-  for (u32 i = threadIdx.x; i < LUT_ENTRIES * REPLICAS; i += WARPS * 32) {
-#if BITS == 2
-    ((uint2*)(shared + LUT_KEYS))[i] = ((const uint2*)a.key_lut)[i / REPLICAS];
-    ((uint2*)(shared + LUT_VALUES))[i] = ((const uint2*)a.value_lut)[i / REPLICAS];
-#else
-    ((u32*)(shared + LUT_KEYS))[i] = a.key_lut[i / REPLICAS];
-    ((u32*)(shared + LUT_VALUES))[i] = a.value_lut[i / REPLICAS];
-#endif
+  if (threadIdx.x < (1 << BITS) / 4) {
+    ((u32*)(shared + POSTS))[threadIdx.x] = a.key_posts[threadIdx.x];
+    ((u32*)(shared + POSTS + 16))[threadIdx.x] = a.value_posts[threadIdx.x];
   }
   for (u32 i = threadIdx.x; i < TURN_BYTES / 16; i += WARPS * 32) ((uint4*)(shared + TURN))[i] = a.turn[i];
+  for (u32 i = threadIdx.x; i < DIM * 8; i += WARPS * 32) ((uint4*)(shared + PLACES))[i] = a.places[i];
   for (u32 i = threadIdx.x; i < DIM / 4; i += WARPS * 32) ((uint4*)(shared + UNITS_SZ))[i] = a.units[kv_head * (DIM / 4) + i];
   for (u32 i = threadIdx.x; i < GROUP * DIM; i += WARPS * 32)
     ((float*)(shared + QUERIES))[i] = a.q[((u64)seq * a.heads + first_head) * DIM + i];
   __syncthreads();
-  if (warp < GROUP) {
+  for (u32 h = warp; h < GROUP; h += WARPS) {
     // No turn makes a channel of a pair greater than this.
     float reach = 0;
-    const float2* q = (const float2*)(shared + QUERIES) + warp * (DIM / 2);
+    const float2* q = (const float2*)(shared + QUERIES) + h * (DIM / 2);
     for (u32 i = lane; i < DIM / 2; i += 32) reach += 2 * sqrtf(q[i].x * q[i].x + q[i].y * q[i].y);
     reach = warp_sum(reach);
-    if (lane == 0) ((float*)(shared + REACH))[warp] = reach;
+    if (lane == 0) ((float*)(shared + REACH))[h] = reach;
   }
-  if (WARPS < GROUP)
-    for (u32 h = WARPS + warp; h < GROUP; h += WARPS) {
-      float reach = 0;
-      const float2* q = (const float2*)(shared + QUERIES) + h * (DIM / 2);
-      for (u32 i = lane; i < DIM / 2; i += 32) reach += 2 * sqrtf(q[i].x * q[i].x + q[i].y * q[i].y);
-      reach = warp_sum(reach);
-      if (lane == 0) ((float*)(shared + REACH))[h] = reach;
-    }
+#if SERIES
+  prepare_columns(shared, a.series, a.basis);
+#endif
   __syncthreads();
 
   u8* const own = shared + WARP_PARTS + warp * WARP_BYTES;
   float* const scores = (float*)(own + SCORES);
   int* const key_sums = (int*)(own + KEY_SUMS);
-  u32* const weights = (u32*)(own + WEIGHTS);
+  u16* const weights = (u16*)(own + WEIGHTS);
   int* const value_sums = (int*)(own + VALUE_SUMS);
   float* const extra = (float*)(own + VALUE_EXTRA);
   u32* const local = (u32*)(own + LOCAL_QUERY);
   float* const factors = (float*)(own + FACTORS);
   const float* const queries = (const float*)(shared + QUERIES);
 
-  float top[GROUP], sum[GROUP], zeros[GROUP], o[DIM / 16][4];
+  // Of heads tq and 4 + tq: channels 16 i + g and 16 i + 8 + g.
+  float o[SETS][DIM / 16][2];
+  float top[GROUP], sum[GROUP], zeros[GROUP];
 #pragma unroll
   for (int h = 0; h < GROUP; h++) top[h] = NONE, sum[h] = 0, zeros[h] = 0;
 #pragma unroll
-  for (int i = 0; i < DIM / 16; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
+  for (int i = 0; i < DIM / 16; i++)
+#pragma unroll
+    for (int e = 0; e < SETS; e++) o[e][i][0] = o[e][i][1] = 0;
   for (u32 i = lane; i < GROUP * DIM; i += 32) extra[i] = 0, value_sums[i] = 0;
   __syncwarp();
 
   const u64 stride = block_bytes(a.kv_heads), header_from = header_at(a.kv_heads, kv_head);
   const u32 each = (s.blocks + a.splits - 1) / a.splits;
   const u32 from = min(s.blocks, split * each) + warp, to = min(s.blocks, split * each + each);
-  const u32 wide = lane % REPLICAS * (128 / REPLICAS);
   uint4 raw_next = make_uint4(0, 0, 0, 0);
   const u8* block_next = a.pool;
-  float4 turn_next[(DIM + 127) / 128];
   auto look_ahead = [&](u32 b) {
     if (b < to) {
       block_next = a.pool + s.table[b] * stride;
       raw_next = *(const uint4*)(block_next + header_from);
-#pragma unroll
-      for (int j = 0; j < (DIM + 127) / 128; j++)
-        if (lane + 32 * j < DIM / 4) turn_next[j] = a.origins[(u64)b * (DIM / 4) + lane + 32 * j];
     }
   };
-  auto fetch_keys = [&](const u8* block, const Header& h) {
+  auto fetch_keys = [&](const u8* block, const Header& h, u32 b) {
     fetch_codes(own + KEY_CODES, block + unit_at(kv_head, 0), lane);
     fetch_outliers(own + KEY_OUTLIERS, outliers_of(s, h.start[0]), h.count[0], lane);
+#pragma unroll
+    for (int j = 0; j < (DIM + 127) / 128; j++)
+      if (lane + 32 * j < DIM / 4) copy16(own + ANGLES + (lane + 32 * j) * 16, a.origins + (u64)b * (DIM / 4) + lane + 32 * j);
   };
   auto fetch_values = [&](const u8* block, const Header& h) {
     fetch_codes(own + VALUE_CODES, block + unit_at(kv_head, 1), lane);
@@ -183,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
 
   look_ahead(from);
   Header head = unpack_header(raw_next);
-  if (from < to) fetch_keys(block_next, head);
+  if (from < to) fetch_keys(block_next, head, from);
   copy_commit();
   if (from < to) fetch_values(block_next, head);
   copy_commit();
@@ -205,22 +275,28 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
         sum[h] = sum[h] * f + (lane == 0 ? p : 0);
 #pragma unroll
         for (int i = 0; i < N; i++) {
-          float* e = extra + h * DIM + lane * N + i;
+          float* e = extra + h * DIM + place_of(lane * N + i);
           *e = *e * f + p * half_float(value[i]);
         }
       }
     }
   __syncwarp();
 
+  // The two tokens whose scores and weights this lane has.
+  const u32 place = 32 * (tq % 2) + 16 * (tq / 2) + g;
+
   for (u32 b = from; b < to; b += WARPS) {
     const u32 len = b + 1 == s.blocks ? s.last : 64;
     const Header now = head;
-    // The query, turned back to the block's origin.
+    look_ahead(b + WARPS);
+    copy_wait<1>();
+    __syncwarp();
+    // The query, turned back to the block's middle.
 #pragma unroll
     for (int j = 0; j < (DIM + 127) / 128; j++) {
       const u32 i = lane + 32 * j;
-      const float4 t = turn_next[j];
-      if (i < DIM / 4)
+      if (i < DIM / 4) {
+        const float4 t = ((const float4*)(own + ANGLES))[i];
 #pragma unroll
         for (int h = 0; h < GROUP; h++) {
           const float4 q = ((const float4*)queries)[h * (DIM / 4) + i];
@@ -228,46 +304,93 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
               make_uint2(pack_halves(q.x * t.x + q.y * t.y, q.z * t.z + q.w * t.w),
                          pack_halves(q.y * t.x - q.x * t.y, q.w * t.z - q.z * t.w));
         }
+      }
     }
 #pragma unroll
     for (int h = 0; h < GROUP; h++) ((int2*)key_sums)[h * 32 + lane] = make_int2(0, 0);
-    look_ahead(b + WARPS);
-    copy_wait<1>();
     __syncwarp();
 
     float acc[4][4];
 #pragma unroll
     for (int m = 0; m < 4; m++) acc[m][0] = acc[m][1] = acc[m][2] = acc[m][3] = 0;
-#pragma unroll 1
-    for (u32 quad = 0; quad < DIM / 64; quad++) {
-      u32 w[4 * BITS];
+#if SERIES
+    u32 high[SERIES][2], low[SERIES][2];
+    float zero_terms[2];
+    int hi[4][4], lo[4][4];
+    make_columns(shared, own + ANGLES, lane, high, low, zero_terms);
 #pragma unroll
-      for (int j = 0; j < BITS; j++) {
-        const uint4 v = *(const uint4*)(own + KEY_CODES + (quad * BITS + j) * 512 + lane * 16);
-        w[4 * j] = v.x, w[4 * j + 1] = v.y, w[4 * j + 2] = v.z, w[4 * j + 3] = v.w;
-      }
+    for (int m = 0; m < 4; m++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) hi[m][i] = 0, lo[m][i] = 0;
+#endif
+    const Signposts key_posts = load_signposts((const u32*)(shared + POSTS));
+#pragma unroll
+    for (int quad = 0; quad < DIM / 64; quad++) {
+      u32 w[4 * BITS];
+      load_words(w, own + KEY_CODES, quad, lane);
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        const u32 step = quad * 4 + k;
-        const uint4 sz = *(const uint4*)(shared + UNITS_SZ + (step * 4 + tq) * 16);
-        uint2 q = make_uint2(0, 0);
-        if (g < GROUP) q = ((const uint2*)local)[g * (DIM / 4) + step * 4 + tq];
-        const u8* turn = shared + TURN + step * 2048 + lane * 16;
-        auto tile = [&](auto mm) {
-          constexpr int m = decltype(mm)::value;
-          const uint4 t = *(const uint4*)(turn + m * 512);
-          u32 x0, y0, x1, y1;
-          look_up<m * 4>(shared + LUT_KEYS, w + k * BITS, wide, x0, y0);
-          look_up<m * 4 + 2>(shared + LUT_KEYS, w + k * BITS, wide, x1, y1);
-          x0 = fma2(x0, sz.x, sz.y), y0 = fma2(y0, sz.z, sz.w);
-          x1 = fma2(x1, sz.x, sz.y), y1 = fma2(y1, sz.z, sz.w);
-          const u32 tx0 = fma2(x0, t.x, neg2(mul2(y0, t.y))), ty0 = fma2(x0, t.y, mul2(y0, t.x));
-          const u32 tx1 = fma2(x1, t.z, neg2(mul2(y1, t.w))), ty1 = fma2(x1, t.w, mul2(y1, t.z));
-          mma(acc[m], tx0, tx1, ty0, ty1, q.x, q.y);
-        };
-        tile(Constant<0>{}), tile(Constant<1>{}), tile(Constant<2>{}), tile(Constant<3>{});
+        const int slab = quad * 2 + k / 2;
+        u32 r[2][4];
+        look_up(w + k * BITS, slab < TURNED ? biased(key_posts) : key_posts, r);
+        if (slab < TURNED) {
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const u32 step = slab * 2 + half;
+            const uint4 sz = *(const uint4*)(shared + UNITS_SZ + (step * 4 + tq) * 16);
+            uint2 q = make_uint2(0, 0);
+            if (g < GROUP) q = ((const uint2*)local)[g * (DIM / 4) + step * 4 + tq];
+#pragma unroll
+            for (int tile = 0; tile < 2; tile++) {
+              const int m = k % 2 * 2 + tile;
+              const uint4 t = *(const uint4*)(shared + TURN + step * 2048 + m * 512 + lane * 16);
+              const u32 p0 = r[tile][2 * half], p1 = r[tile][2 * half + 1];
+              const u32 x0 = fma2(halves_of<0>(p0), sz.x, sz.y), y0 = fma2(halves_of<1>(p0), sz.z, sz.w);
+              const u32 x1 = fma2(halves_of<0>(p1), sz.x, sz.y), y1 = fma2(halves_of<1>(p1), sz.z, sz.w);
+              const u32 tx0 = fma2(x0, t.x, neg2(mul2(y0, t.y))), ty0 = fma2(x0, t.y, mul2(y0, t.x));
+              const u32 tx1 = fma2(x1, t.z, neg2(mul2(y1, t.w))), ty1 = fma2(x1, t.w, mul2(y1, t.z));
+              mma(acc[m], tx0, tx1, ty0, ty1, q.x, q.y);
+            }
+          }
+        }
+#if SERIES
+        else {
+#pragma unroll
+          for (int tile = 0; tile < 2; tile++) {
+            const int m = k % 2 * 2 + tile, column = slab < TURNED ? 0 : slab - TURNED;
+            mma_signed(hi[m], r[tile], high[column][0], high[column][1]);
+            mma_unsigned(lo[m], r[tile], low[column][0], low[column][1]);
+          }
+        }
+#endif
       }
     }
+#if SERIES
+    // Terms 2 tq and 2 tq + 1 of tokens 16 m + g and 16 m + 8 + g; then lanes of a row each take two tokens' sums.
+    float part[4][2];
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+      const float4 t = ((const float4*)(shared + BASIS))[m * 32 + lane];
+      float v[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) v[i] = (float)(hi[m][i] * 256 + lo[m][i]) + zero_terms[i % 2];
+      part[m][0] = fmaf(v[0], t.x, fmaf(v[1], t.y, acc[m][0]));
+      part[m][1] = fmaf(v[2], t.z, fmaf(v[3], t.w, acc[m][2]));
+    }
+    float mine[2];
+    {
+      const bool odd = tq % 2, upper = tq / 2;
+      float two[2][2];
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          two[m][i] = (odd ? part[m + 2][i] : part[m][i]) + __shfl_xor_sync(WARP, odd ? part[m][i] : part[m + 2][i], 1);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        mine[i] = (upper ? two[1][i] : two[0][i]) + __shfl_xor_sync(WARP, upper ? two[0][i] : two[1][i], 2);
+    }
+#else
 #pragma unroll
     for (int m = 0; m < 4; m++) {
       if (2 * tq < GROUP) {
@@ -279,119 +402,150 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
         scores[(2 * tq + 1) * 64 + 16 * m + 8 + g] = acc[m][3];
       }
     }
+#endif
     // Outliers of keys: residual times the query turned to the token's place.
+    float key_scale[GROUP];
+#pragma unroll
+    for (int h = 0; h < GROUP; h++) key_scale[h] = exponent(20 - exponent_of(now.reach[0] * ((float*)(shared + REACH))[h]));
     {
-      const u32* list = outliers_of(s, now.start[0]);
-      for (u32 i = lane; i < now.count[0]; i += 32) {
-        const u32 e = i < NEAR_OUTLIERS ? ((const u32*)(own + KEY_OUTLIERS))[i] : list[i];
-        const u32 t = outlier_token(e), c = outlier_channel(e);
-        const float r = high_float(e);
-        const u32 at = ((c / 16 * 4 + t / 16) * 32 + t % 8 * 4 + c / 4 % 4) * 16 + t / 8 % 2 * 8 + c / 2 % 2 * 2;
-        const float cs = half_float(*(const u16*)(shared + TURN + at)), sn = half_float(*(const u16*)(shared + TURN + at + 4));
+      auto add = [&](u32 e) {
+        const u32 pair = outlier_pair(e), turn = *(const u32*)(shared + PLACES + e % (DIM * 32) * 4);
+        const float r = high_float(e), cs = low_float(turn) * r, sn = high_float(turn) * r;
         // x turns to (cos, sin), y to (-sin, cos).
-        const float fx = c % 2 ? -sn * r : cs * r, fy = c % 2 ? cs * r : sn * r;
+        const bool is_y = outlier_is_y(e);
+        const float fx = is_y ? -sn : cs, fy = is_y ? cs : sn;
+        const u16* q = (const u16*)local + pair * 2 - pair % 2;
 #pragma unroll
         for (int h = 0; h < GROUP; h++) {
-          const u16* q = (const u16*)local + h * DIM + c / 4 * 4 + c / 2 % 2;
-          const float scale = exponent(29 - exponent_of(now.reach[0] * ((float*)(shared + REACH))[h]));
-          const float x = fx * half_float(q[0]) + fy * half_float(q[2]);
-          atomicAdd(&key_sums[h * 64 + t], __float2int_rn(x * scale));
+          const float x = fx * half_float(q[h * DIM]) + fy * half_float(q[h * DIM + 2]);
+          atomicAdd(&key_sums[h * 64 + outlier_token(e)], rounded(x * key_scale[h]));
         }
-      }
+      };
+#pragma unroll 2
+      for (u32 i = lane; i < min(now.count[0], NEAR_OUTLIERS); i += 32) add(((const u32*)(own + KEY_OUTLIERS))[i]);
+#pragma unroll 1
+      for (u32 i = NEAR_OUTLIERS + lane; i < now.count[0]; i += 32) add(outliers_of(s, now.start[0])[i]);
     }
     __syncwarp();
     head = unpack_header(raw_next);
     const bool more = b + WARPS < to;
-    if (more) fetch_keys(block_next, head);
+    if (more) fetch_keys(block_next, head, b + WARPS);
     copy_commit();
     copy_wait<1>();
     __syncwarp();
 
-    // Weights; this lane has tokens 2 * lane and 2 * lane + 1.
-    const uint2 scale2 = ((const uint2*)(own + SCALES))[lane];
-    const bool in0 = 2 * lane < len, in1 = 2 * lane + 1 < len;
-    const float log0 = logarithm2(low_float(scale2.x)), log1 = logarithm2(low_float(scale2.y));
-    const float zero0 = in0 ? high_float(scale2.x) : 0, zero1 = in1 ? high_float(scale2.y) : 0;
-    float factor[GROUP];
+    // Weights, under the block's own maximum.
+    const u32 sz0 = ((const u32*)(own + SCALES))[place], sz1 = ((const u32*)(own + SCALES))[place + 8];
+    const bool in0 = place < len, in1 = place + 8 < len;
+    const float scale0 = in0 ? low_float(sz0) : 0, scale1 = in1 ? low_float(sz1) : 0;
+    const float zero0 = in0 ? high_float(sz0) : 0, zero1 = in1 ? high_float(sz1) : 0;
+    float old_factor[GROUP], new_factor[GROUP], value_factor[GROUP];
     bool moved = false;
 #pragma unroll
     for (int h = 0; h < GROUP; h++) {
-      const float unscale = exponent(exponent_of(now.reach[0] * ((float*)(shared + REACH))[h]) - 29);
-      const float2 x = ((const float2*)scores)[h * 32 + lane];
-      const int2 k = ((const int2*)key_sums)[h * 32 + lane];
-      const float x0 = in0 ? x.x + k.x * unscale : NONE, x1 = in1 ? x.y + k.y * unscale : NONE;
-      const float e0 = in0 ? x0 + log0 : NONE, e1 = in1 ? x1 + log1 : NONE;
-      const float m = fmaxf(top[h], warp_max(fmaxf(fmaxf(x0, x1), fmaxf(e0, e1))));
-      const float p0 = in0 ? power2(x0 - m) : 0, p1 = in1 ? power2(x1 - m) : 0;
-      const float w0 = in0 ? power2(e0 - m + 14) : 0, w1 = in1 ? power2(e1 - m + 14) : 0;
-      factor[h] = power2(top[h] - m);
+      const float unscale = inverse_exponent(key_scale[h]);
+#if SERIES
+      const float d0 = mine[0], d1 = mine[1];
+#else
+      const float d0 = scores[h * 64 + place], d1 = scores[h * 64 + place + 8];
+#endif
+      const float x0 = in0 ? d0 + key_sums[h * 64 + place] * unscale : NONE;
+      const float x1 = in1 ? d1 + key_sums[h * 64 + place + 8] * unscale : NONE;
+      const float here = warp_max_ordered(fmaxf(x0, x1)), m = fmaxf(top[h], here);
+      const float p0 = in0 ? power2(x0 - here) : 0, p1 = in1 ? power2(x1 - here) : 0;
+      const float w0 = p0 * scale0, w1 = p1 * scale1, most = warp_max_ordered(fmaxf(w0, w1));
+      const float steps = most > 0 ? __fdividef(65504.0f, most) : 0;
+      old_factor[h] = power2(top[h] - m), new_factor[h] = power2(here - m);
+      value_factor[h] = new_factor[h] * most * (a.value_step / 65504.0f);
       moved |= m != top[h];
       top[h] = m;
-      sum[h] = sum[h] * factor[h] + p0 + p1;
-      zeros[h] = zeros[h] * factor[h] + p0 * zero0 + p1 * zero1;
-      ((float2*)scores)[h * 32 + lane] = make_float2(p0, p1);
-      weights[h * 32 + lane] = pack_halves(w0, w1);
-      if (lane == 0) factors[h] = factor[h];
+      sum[h] = fmaf(sum[h], old_factor[h], new_factor[h] * (p0 + p1));
+      zeros[h] = fmaf(zeros[h], old_factor[h], new_factor[h] * (p0 * zero0 + p1 * zero1));
+      // The mantissa ends in the integer: 2^23.
+      weights[h * 64 + place] = (u16)__float_as_uint(fmaf(w0, steps, 8388608.0f));
+      weights[h * 64 + place + 8] = (u16)__float_as_uint(fmaf(w1, steps, 8388608.0f));
+      if (now.count[1]) scores[h * 64 + place] = p0, scores[h * 64 + place + 8] = p1;
     }
     __syncwarp();
+    float old_mine[SETS], new_mine[SETS];
+    u32 column[SETS][4];
+#pragma unroll
+    for (int e = 0; e < SETS; e++) {
+      old_mine[e] = old_factor[0], new_mine[e] = value_factor[0];
+#pragma unroll
+      for (int h = 4 * e; h < GROUP; h++)
+        if (h == 4 * e + (int)tq) old_mine[e] = old_factor[h], new_mine[e] = value_factor[h];
+      // Column g: high bytes of head g / 2 where g is even, low bytes where it is odd.
+      const u32 h = min(4 * e + g / 2, GROUP - 1), pick = g % 2 ? 0x6420 : 0x7531;
+      const uint4 x = ((const uint4*)(weights + h * 64))[tq * 2], y = ((const uint4*)(weights + h * 64))[tq * 2 + 1];
+      column[e][0] = permute(x.x, x.y, pick), column[e][1] = permute(x.z, x.w, pick);
+      column[e][2] = permute(y.x, y.y, pick), column[e][3] = permute(y.z, y.w, pick);
+    }
     if (moved) {
-      const float f0 = 2 * tq < GROUP ? factors[2 * tq] : 0, f1 = 2 * tq + 1 < GROUP ? factors[2 * tq + 1] : 0;
 #pragma unroll
-      for (int i = 0; i < DIM / 16; i++) o[i][0] *= f0, o[i][1] *= f1, o[i][2] *= f0, o[i][3] *= f1;
-    }
-    u32 p[8];
+      for (int e = 0; e < SETS; e++)
 #pragma unroll
-    for (int i = 0; i < 8; i++) p[i] = 0;
-    if (g < GROUP) {
-      const uint4 lo = ((const uint4*)weights)[g * 8 + tq * 2], hi = ((const uint4*)weights)[g * 8 + tq * 2 + 1];
-      p[0] = lo.x, p[1] = lo.y, p[2] = lo.z, p[3] = lo.w, p[4] = hi.x, p[5] = hi.y, p[6] = hi.z, p[7] = hi.w;
+        for (int i = 0; i < DIM / 16; i++) o[e][i][0] *= old_mine[e], o[e][i][1] *= old_mine[e];
     }
+    const Signposts value_posts = load_signposts((const u32*)(shared + POSTS + 16));
 #pragma unroll
     for (int quad = 0; quad < DIM / 64; quad++) {
       u32 w[4 * BITS];
-#pragma unroll
-      for (int j = 0; j < BITS; j++) {
-        const uint4 v = *(const uint4*)(own + VALUE_CODES + (quad * BITS + j) * 512 + lane * 16);
-        w[4 * j] = v.x, w[4 * j + 1] = v.y, w[4 * j + 2] = v.z, w[4 * j + 3] = v.w;
-      }
+      load_words(w, own + VALUE_CODES, quad, lane);
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        auto tile = [&](auto kk) {
-          constexpr int t = decltype(kk)::value;
-          u32 a0, a1, a2, a3;
-          look_up<t * 4>(shared + LUT_VALUES, w + k * BITS, wide, a0, a1);
-          look_up<t * 4 + 2>(shared + LUT_VALUES, w + k * BITS, wide, a2, a3);
-          mma(o[quad * 4 + k], a0, a1, a2, a3, p[2 * t], p[2 * t + 1]);
-        };
-        tile(Constant<0>{}), tile(Constant<1>{}), tile(Constant<2>{}), tile(Constant<3>{});
+        u32 r[2][4];
+#if BITS == 4
+        u32 p[2][4];
+        look_up_both(w + k * BITS, value_posts, r, p);
+#else
+        look_up(w + k * BITS, value_posts, r);
+#endif
+#pragma unroll
+        for (int e = 0; e < SETS; e++) {
+          int x[4] = {0, 0, 0, 0};
+          mma_unsigned(x, r[0], column[e][0], column[e][1]);
+          mma_unsigned(x, r[1], column[e][2], column[e][3]);
+#if BITS == 4
+          mma_unsigned(x, p[0], column[e][0], column[e][1]);
+          mma_unsigned(x, p[1], column[e][2], column[e][3]);
+#endif
+          float* to = o[e][quad * 4 + k];
+          to[0] = fmaf((float)(x[0] * 256 + x[1]), new_mine[e], to[0]);
+          to[1] = fmaf((float)(x[2] * 256 + x[3]), new_mine[e], to[1]);
+        }
       }
     }
     // Outliers of values.
     {
-      const u32* list = outliers_of(s, now.start[1]);
-      const int e64 = exponent_of(now.reach[1]) + 7;
-      const float scale = exponent(30 - e64);
-      for (u32 i = lane; i < now.count[1]; i += 32) {
-        const u32 e = i < NEAR_OUTLIERS ? ((const u32*)(own + VALUE_OUTLIERS))[i] : list[i];
+      const float scale = exponent(20 - exponent_of(now.reach[1])), unscale = inverse_exponent(scale);
+      auto add = [&](u32 e) {
         const float r = high_float(e) * scale;
 #pragma unroll
         for (int h = 0; h < GROUP; h++)
-          atomicAdd(&value_sums[h * DIM + outlier_channel(e)], __float2int_rn(scores[h * 64 + outlier_token(e)] * r));
-      }
+          atomicAdd(&value_sums[h * DIM + outlier_place(e)], rounded(scores[h * 64 + outlier_token(e)] * r));
+      };
+#pragma unroll 2
+      for (u32 i = lane; i < min(now.count[1], NEAR_OUTLIERS); i += 32) add(((const u32*)(own + VALUE_OUTLIERS))[i]);
+#pragma unroll 1
+      for (u32 i = NEAR_OUTLIERS + lane; i < now.count[1]; i += 32) add(outliers_of(s, now.start[1])[i]);
       __syncwarp();
       if (more) fetch_values(block_next, head);
       copy_commit();
-      const float unscale = exponent(e64 - 30);
+      if (moved || now.count[1]) {
 #pragma unroll
-      for (int h = 0; h < GROUP; h++)
-        for (u32 i = lane; i < DIM / 4; i += 32) {
-          const int4 v = ((int4*)value_sums)[h * (DIM / 4) + i];
-          float4 x = ((float4*)extra)[h * (DIM / 4) + i];
-          x.x = x.x * factor[h] + v.x * unscale, x.y = x.y * factor[h] + v.y * unscale;
-          x.z = x.z * factor[h] + v.z * unscale, x.w = x.w * factor[h] + v.w * unscale;
-          ((float4*)extra)[h * (DIM / 4) + i] = x;
-          ((int4*)value_sums)[h * (DIM / 4) + i] = make_int4(0, 0, 0, 0);
+        for (int h = 0; h < GROUP; h++) {
+          const float f = new_factor[h] * unscale;
+          for (u32 i = lane; i < DIM / 4; i += 32) {
+            const int4 v = ((int4*)value_sums)[h * (DIM / 4) + i];
+            float4 x = ((float4*)extra)[h * (DIM / 4) + i];
+            x.x = x.x * old_factor[h] + v.x * f, x.y = x.y * old_factor[h] + v.y * f;
+            x.z = x.z * old_factor[h] + v.z * f, x.w = x.w * old_factor[h] + v.w * f;
+            ((float4*)extra)[h * (DIM / 4) + i] = x;
+            ((int4*)value_sums)[h * (DIM / 4) + i] = make_int4(0, 0, 0, 0);
+          }
         }
+      }
     }
   }
   copy_wait<0>();
@@ -400,17 +554,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   // This warp's state, then all warps' merged.
   float* const result = (float*)own;
 #pragma unroll
-  for (int i = 0; i < DIM / 16; i++)
+  for (int e = 0; e < SETS; e++)
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const u32 h = 2 * tq + j % 2, c = 16 * i + j / 2 * 8 + g;
-      if (h < GROUP) result[h * DIM + c] = o[i][j] * (1.0f / 16384);
-    }
+    for (int i = 0; i < DIM / 16; i++)
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const u32 h = 4 * e + tq, c = 16 * i + j * 8 + g;
+        if (h < GROUP) result[h * DIM + c] = o[e][i][j];
+      }
   __syncwarp();
 #pragma unroll
   for (int h = 0; h < GROUP; h++) {
     const float z = warp_sum(zeros[h]), l = warp_sum(sum[h]);
-    for (u32 c = lane; c < DIM; c += 32) result[h * DIM + c] += z + extra[h * DIM + c];
+    for (u32 c = lane; c < DIM; c += 32) result[h * DIM + c] += z + extra[h * DIM + place_of(c)];
     if (lane == 0) factors[2 * h] = top[h], factors[2 * h + 1] = l;
   }
   __syncthreads();

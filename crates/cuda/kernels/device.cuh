@@ -66,12 +66,20 @@ FN float warp_max(float x) {
   for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(WARP, x, i));
   return x;
 }
+// The same for numbers that are not NaN, in one instruction for all lanes.
+FN float warp_max_ordered(float x) {
+  int i = __float_as_int(x);
+  i = __reduce_max_sync(WARP, i ^ (i >> 31 & 0x7fffffff));
+  return __int_as_float(i ^ (i >> 31 & 0x7fffffff));
+}
 FN float warp_sum(float x) {
   for (int i = 16; i; i /= 2) x += __shfl_xor_sync(WARP, x, i);
   return x;
 }
 // 2^k as a float, k brought into range.
 FN float exponent(int k) { return __int_as_float((max(-126, min(127, k)) + 127) << 23); }
+// 1 / x for a power of two; 0 where that would be too small.
+FN float inverse_exponent(float x) { return __uint_as_float((254u << 23) - __float_as_uint(x)); }
 FN int exponent_of(float x) { return (int)(__float_as_uint(x) >> 23 & 255) - 127; }
 
 // One sequence's part of a layer, as the host fills it in.
@@ -87,6 +95,10 @@ struct Sequence {
 };
 #define OPEN_OUTLIERS (DIM * 16)
 #define IN_OPEN 0x80000000u
+
+FN const u32* outliers_of(const Sequence& s, u32 start) {
+  return start & IN_OPEN ? s.open + (start & ~IN_OPEN) : s.arena + start;
+}
 
 // A block: [kv_heads][keys, values] units, [kv_heads] headers, [64] scales.
 //   header   {start, count | greatest |residual| (fp16) << 16} for keys, then for values

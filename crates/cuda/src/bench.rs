@@ -40,8 +40,8 @@ pub const SHAPES: [Shape; 3] = [
 const CHUNK: usize = 8192;
 /// Query rows of the prefill benches.
 const QUERIES: usize = 1024;
-/// Blocks decoded at a time in the prefill benches.
-const SECTION: usize = 128;
+/// Bytes of rows decoded at a time in the prefill benches: half of the second-level cache of a large card.
+const SECTION: usize = 32 << 20;
 
 /// A time.
 #[derive(Debug, Clone, Serialize)]
@@ -168,7 +168,7 @@ fn exact_cache(device: &Device, s: &Shape, tokens: usize) -> Result<ExactCache, 
     let chunk = CHUNK.min(tokens);
     let (keys, values) = (device.poisoned(chunk * channels * 4)?, device.poisoned(chunk * channels * 4)?);
     let angles: Vec<[f32; 2]> =
-        (0..chunk).flat_map(|p| crate::tables::angles(&frequencies(s.dim), p).collect::<Vec<_>>()).collect();
+        (0..chunk).flat_map(|p| crate::tables::angles(&frequencies(s.dim), p as f64).collect::<Vec<_>>()).collect();
     let angles = device.upload(&angles)?;
     for from in (0..tokens).step_by(chunk) {
         fill(device, &keys, from as u32)?;
@@ -196,7 +196,7 @@ fn queries(device: &Device, s: &Shape, tokens: usize) -> Result<(Buffer, Buffer)
     let heads = s.kv_heads * s.group;
     let x = device.poisoned(heads * s.dim * 4)?;
     fill(device, &x, 99)?;
-    let angles: Vec<[f32; 2]> = crate::tables::angles(&frequencies(s.dim), tokens).collect();
+    let angles: Vec<[f32; 2]> = crate::tables::angles(&frequencies(s.dim), tokens as f64).collect();
     let q = device.poisoned(heads * s.dim * 4)?;
     turn_queries(device, &x, &device.upload(&angles)?, &q, s.dim, heads, 1)?;
     Ok((q, device.poisoned(heads * s.dim * 4)?))
@@ -278,7 +278,7 @@ fn prefill_queries(device: &Device, s: &Shape, tokens: usize) -> Result<(Buffer,
     fill(device, &q, 98)?;
     let f = frequencies(s.dim);
     let angles: Vec<[f32; 2]> =
-        (tokens..tokens + QUERIES).flat_map(|p| crate::tables::angles(&f, p).collect::<Vec<_>>()).collect();
+        (tokens..tokens + QUERIES).flat_map(|p| crate::tables::angles(&f, p as f64).collect::<Vec<_>>()).collect();
     Ok((q, device.upload(&angles)?))
 }
 
@@ -300,7 +300,7 @@ fn coded(
         let batches: Vec<Batch> = layer
             .histories
             .iter()
-            .map(|h| Batch::new(device, &layer.tables, &layer.pool, &[h], heads))
+            .map(|h| Batch::new(device, &layer.tables, &layer.pool, &layer.turns, &[h], heads))
             .collect::<Result<_, _>>()?;
         let seconds = device.time(15, each(bytes), |i| {
             batches[i % copies].decode(device, &layer.tables, &layer.pool, &layer.turns, &q, &out)
@@ -310,11 +310,12 @@ fn coded(
     if plan.prefill {
         let (q, angles) = prefill_queries(device, s, tokens)?;
         let mut step = Prefill::new(device, &q, &angles, QUERIES, heads, s.kv_heads, s.dim)?;
-        let rows = device.poisoned(2 * s.kv_heads * SECTION * BLOCK * s.dim * 2)?;
+        let section = (SECTION / (2 * s.kv_heads * BLOCK * s.dim * 2)).max(1);
+        let rows = device.poisoned(2 * s.kv_heads * section * BLOCK * s.dim * 2)?;
         let Coded { tables, pool, histories, turns } = &layer;
         let seconds = device.time(5, 1, |i| {
             step.restart();
-            step.attend_coded(device, tables, pool, &histories[i % copies], turns, &rows, SECTION, true)
+            step.attend_coded(device, tables, pool, &histories[i % copies], turns, &rows, section, true)
         })?;
         add("prefill", seconds, bytes);
     }
@@ -368,7 +369,7 @@ pub fn capacity(device: &Device, s: &Shape, bits: usize, tokens: usize) -> Resul
     let (q, out) = queries(device, s, tokens)?;
     let batches: Vec<Batch> = layers
         .iter()
-        .map(|l| Batch::new(device, &l.tables, &l.pool, &[&l.histories[0]], heads))
+        .map(|l| Batch::new(device, &l.tables, &l.pool, &l.turns, &[&l.histories[0]], heads))
         .collect::<Result<_, _>>()?;
     let seconds = device.time(5, s.layers, |i| {
         let l = &layers[i % s.layers];

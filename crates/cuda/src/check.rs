@@ -257,7 +257,7 @@ fn check(
     let q_row = heads * dim;
     let lengths = [tokens, exact + short];
     let positions = lengths.map(|n| n - 1);
-    let angles: Vec<[f32; 2]> = positions.iter().flat_map(|p| crate::tables::angles(&frequencies, *p)).collect();
+    let angles: Vec<[f32; 2]> = positions.iter().flat_map(|p| crate::tables::angles(&frequencies, *p as f64)).collect();
     let turned_q = device.poisoned(2 * q_row * 4)?;
     turn_queries(device, &device.upload(&q[..2 * q_row])?, &device.upload(&angles)?, &turned_q, dim, heads, 2)?;
     let expect: Vec<f64> = (0..2)
@@ -266,7 +266,7 @@ fn check(
             reference.attend(&q, lengths[i])
         })
         .collect();
-    let batch = Batch::new(device, &tables, &pool, &[&long_history, &short_history], heads)?;
+    let batch = Batch::new(device, &tables, &pool, &turns, &[&long_history, &short_history], heads)?;
     let out = device.poisoned(2 * q_row * 4)?;
     batch.decode(device, &tables, &pool, &turns, &turned_q, &out)?;
     tell("decode", error(&device.read::<f32>(&out, 2 * q_row)?, &expect, dim), ATTENTION);

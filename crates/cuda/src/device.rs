@@ -59,7 +59,7 @@ pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     modules: Modules,
-    loaded: Mutex<HashMap<(String, &'static str), CudaFunction>>,
+    loaded: Mutex<HashMap<Build, HashMap<&'static str, CudaFunction>>>,
     info: Info,
 }
 
@@ -202,9 +202,8 @@ impl Device {
 
     /// A function, with its right to so much shared memory.
     pub(crate) fn function(&self, build: &Build, name: &'static str, shared: usize) -> Result<CudaFunction, CudaError> {
-        let key = (build.file(&self.info.arch), name);
         let mut loaded = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(f) = loaded.get(&key) {
+        if let Some(f) = loaded.get(build).and_then(|names| names.get(name)) {
             return Ok(f.clone());
         }
         let code = self.modules.get(build, &self.info.arch)?;
@@ -214,7 +213,7 @@ impl Device {
             f.set_attribute(CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32)
                 .during("reserve shared memory")?;
         }
-        loaded.insert(key, f.clone());
+        loaded.entry(build.clone()).or_default().insert(name, f.clone());
         Ok(f)
     }
 

@@ -24,22 +24,26 @@ unsafe impl DeviceRepr for AppendArgs {}
 
 #[repr(C)]
 struct DecodeArgs {
-    pointers: [u64; 10],
+    pointers: [u64; 13],
+    value_step: f32,
     heads: u32,
     kv_heads: u32,
     splits: u32,
     passes: u32,
+    _end: u32,
 }
-// SAFETY: plain numbers in the order of kernels/decode.cu.
+// SAFETY: plain numbers in the order of kernels/decode.cu, whose structure ends in four bytes of padding.
 unsafe impl DeviceRepr for DecodeArgs {}
 
 #[repr(C)]
 struct DenseArgs {
-    pointers: [u64; 8],
+    pointers: [u64; 10],
+    value_step: f32,
     first_block: u32,
     rows: u32,
+    _end: u32,
 }
-// SAFETY: plain numbers in the order of kernels/dense.cu.
+// SAFETY: plain numbers in the order of kernels/dense.cu, whose structure ends in four bytes of padding.
 unsafe impl DeviceRepr for DenseArgs {}
 
 /// Appends tokens `[tokens][kv_heads][dim]` f32, keys before RoPE, as codes.
@@ -254,7 +258,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// A batch of histories of one pool, with so many query heads.
+    /// A batch of histories of one pool, with so many query heads. It decodes with the turns that it is made with.
     ///
     /// # Errors
     /// Memory is short.
@@ -262,6 +266,7 @@ impl Batch {
         device: &Device,
         tables: &Tables,
         pool: &Pool,
+        turns: &Turns,
         histories: &[&History],
         heads: usize,
     ) -> Result<Self, CudaError> {
@@ -272,7 +277,7 @@ impl Batch {
                 supported: "multiples of the KV heads, for at least one sequence",
             });
         }
-        let shape = DecodeShape::new(tables.bits, tables.dim, group, device.info().shared);
+        let shape = DecodeShape::new(tables.bits, tables.dim, group, turns.fast, device.info().shared);
         if shape.shared > device.info().shared {
             return Err(CudaError::Unsupported {
                 what: format!("{} bits, head dimension {}, {group} query heads a KV head", tables.bits, tables.dim),
@@ -318,16 +323,21 @@ impl Batch {
                 q.at(),
                 turns.origins.at(),
                 turns.turn.at(),
-                tables.key_lut.at(),
-                tables.value_lut.at(),
+                turns.by_pair.at(),
+                turns.series.at(),
+                turns.basis.at(),
+                tables.key_steps.at(),
+                tables.value_steps.at(),
                 tables.units.at(),
                 self.parts.parts.at(),
                 self.parts.sums.at(),
             ],
+            value_step: tables.value_step,
             heads: self.heads as u32,
             kv_heads: tables.kv_heads as u32,
             splits: self.parts.splits as u32,
             passes: (self.heads / tables.kv_heads / shape.group) as u32,
+            _end: 0,
         };
         let grid = [self.parts.splits, self.heads / shape.group, self.sequences];
         // SAFETY: the argument of `decode`; the records were made from this layer's histories, whose tables name blocks of
@@ -357,15 +367,14 @@ pub(crate) fn dense(
     blocks: usize,
     rows: usize,
 ) -> Result<(), CudaError> {
-    let shared = BLOCK * (tables.dim + 4) * 4;
-    let (halves, floats, have) = match out {
-        DenseOut::Halves(b) => (b.at(), 0, b.bytes() / 2),
-        DenseOut::Floats(b) => (0, b.at(), b.bytes() / 4),
+    let (name, shared, buffer, size) = match out {
+        DenseOut::Halves(b) => ("dense_rows", 0, b, 2),
+        DenseOut::Floats(b) => ("dense", BLOCK * tables.dim * 4, b, 4),
     };
-    if have < 2 * tables.channels() * rows || first + blocks > history.numbers.len() {
+    if buffer.bytes() < 2 * tables.channels() * rows * size || first + blocks > history.numbers.len() {
         return Err(CudaError::Append { problem: "fewer blocks or rows than asked for" });
     }
-    let f = device.function(&Build::dense(tables.bits, tables.dim), "dense", shared)?;
+    let f = device.function(&Build::dense(tables.bits, tables.dim), name, shared)?;
     let record = device.upload(&history.record(pool))?;
     let args = DenseArgs {
         pointers: [
@@ -373,15 +382,19 @@ pub(crate) fn dense(
             record.at(),
             tables.key_posts.at(),
             tables.value_posts.at(),
+            tables.key_steps.at(),
+            tables.value_steps.at(),
+            tables.units.at(),
             turns.origins.at(),
             turns.places.at(),
-            halves,
-            floats,
+            buffer.at(),
         ],
+        value_step: tables.value_step,
         first_block: first as u32,
         rows: rows as u32,
+        _end: 0,
     };
-    // SAFETY: the argument of `dense`; blocks and rows checked above, rows beyond `rows` are skipped by the kernel.
+    // SAFETY: the argument of both kernels; blocks and rows checked above, rows beyond `rows` are skipped by the kernel.
     unsafe { device.launch_with(&f, [blocks, tables.kv_heads, 2], 128, shared, &args) }
 }
 

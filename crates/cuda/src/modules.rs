@@ -74,14 +74,17 @@ impl std::fmt::Display for Build {
 }
 
 /// Shared memory of the decode kernel: common to a block of threads, and of each of its warps (kernels/decode.cu).
-fn decode_shared(bits: usize, dim: usize, group: usize) -> (usize, usize) {
-    let lut = if bits == 3 { 8192 } else { 32768 };
-    let unit = dim * 8 * bits;
+fn decode_shared(bits: usize, dim: usize, group: usize, turned: usize) -> (usize, usize) {
+    let (unit, series) = (dim * 8 * bits, dim / SLAB - turned);
+    let columns = if series > 0 { 2048 + series * 6 * 512 } else { 0 };
     (
-        2 * lut + dim * 128 + dim * 4 + group * dim * 4 + 32,
-        2 * unit + 2 * 512 + 256 + group * (256 + 256 + 128 + 10 * dim) + 64,
+        turned * 4096 + dim * 128 + dim * 4 + group * dim * 4 + 64 + columns,
+        2 * unit + 2 * 512 + dim * 4 + 256 + group * (256 + 256 + 128 + 10 * dim) + 64,
     )
 }
+
+/// Channels of 16 RoPE pairs, which the decode kernel takes together.
+pub const SLAB: usize = 32;
 
 /// How the decode kernel is built for a card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +95,8 @@ pub struct DecodeShape {
     pub shared: usize,
     /// Query heads that a block of threads takes together.
     pub group: usize,
+    /// Slabs whose keys are turned; the rest goes by series.
+    pub turned: usize,
 }
 
 /// Query heads taken together of `heads` that share a KV head: a divisor of it up to 8.
@@ -100,12 +105,13 @@ pub fn group_of(heads: usize) -> usize {
 }
 
 impl DecodeShape {
-    /// As many warps as fit the shared memory of a block, up to 16.
-    pub fn new(bits: usize, dim: usize, group: usize, limit: usize) -> Self {
-        let (fixed, warp) = decode_shared(bits, dim, group);
+    /// As many warps as fit the shared memory of a block, up to 16. `fast` slabs have pairs that turn too far within a block
+    /// for a series; several query heads turn all keys, since their series would not fit a product's columns.
+    pub fn new(bits: usize, dim: usize, group: usize, fast: usize, limit: usize) -> Self {
+        let turned = if group == 1 { fast.min(dim / SLAB) } else { dim / SLAB };
+        let (fixed, warp) = decode_shared(bits, dim, group, turned);
         let most = (limit.saturating_sub(fixed) / warp).clamp(1, 16);
-        let warps = if most >= 4 { most / 4 * 4 } else { most };
-        DecodeShape { warps, shared: fixed + warp * warps, group }
+        DecodeShape { warps: most, shared: fixed + warp * most, group, turned }
     }
 }
 
@@ -116,10 +122,17 @@ impl Build {
 
     /// Decode attention over codes.
     pub fn decode(bits: usize, dim: usize, shape: DecodeShape) -> Self {
-        let DecodeShape { warps, shared, group } = shape;
+        let DecodeShape { warps, shared, group, turned } = shape;
         Self::of(
             Source::Decode,
-            &[("BITS", bits), ("DIM", dim), ("GROUP", group), ("WARPS", warps), ("SHARED", shared)],
+            &[
+                ("BITS", bits),
+                ("DIM", dim),
+                ("GROUP", group),
+                ("WARPS", warps),
+                ("SHARED", shared),
+                ("TURNED", turned),
+            ],
         )
     }
     /// Append.
@@ -147,7 +160,9 @@ impl Build {
             all.extend((1..=8).map(|g| Self::exact(dim, g)));
             for bits in [2, 3, 4] {
                 all.push(Self::dense(bits, dim));
-                all.extend((1..=8).map(|g| Self::decode(bits, dim, DecodeShape::new(bits, dim, g, shared))));
+                // As RoPE's usual bases have it: the first 16 or 32 pairs are fast.
+                let fast = (dim / 128).max(1);
+                all.extend((1..=8).map(|g| Self::decode(bits, dim, DecodeShape::new(bits, dim, g, fast, shared))));
                 all.extend(channels.iter().filter(|c| c.is_multiple_of(dim)).map(|c| Self::append(bits, dim, *c)));
             }
         }
@@ -155,7 +170,12 @@ impl Build {
     }
 
     fn full_text(&self) -> String {
-        [include_str!("../kernels/layout.cuh"), include_str!("../kernels/device.cuh"), self.source.text()].concat()
+        let common = [include_str!("../kernels/layout.cuh"), include_str!("../kernels/device.cuh")].concat();
+        let codes = match self.source {
+            Source::Decode | Source::Dense => include_str!("../kernels/codes.cuh"),
+            _ => "",
+        };
+        [&common, codes, self.source.text()].concat()
     }
 
     fn options(&self, arch: &str) -> Vec<String> {

@@ -39,7 +39,9 @@ pub(crate) fn quantizers(
         online: false,
     };
     let encode = normal_float(bits as u32);
-    let decode: Vec<f32> = encode.iter().map(|x| 0.98 * x + 0.003).collect();
+    // Multiples of a 126th of the largest, so that the decode kernel's 8 bits hold them.
+    let step = 0.983 / 126.0;
+    let decode: Vec<f32> = encode.iter().map(|x| ((0.98 * x + 0.003) / step).round() * step).collect();
     let side = |lower, upper| SideFit { lower, upper, encode: encode.clone(), decode: decode.clone(), mixed: None };
     let fit = LayerFit { keys: side(lower, upper), values: side(Vec::new(), Vec::new()) };
     let make = |s| SideQuantizer::new(&spec, s, kv_heads, dim, Some(&fit));
