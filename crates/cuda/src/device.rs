@@ -59,7 +59,7 @@ pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     modules: Modules,
-    loaded: Mutex<HashMap<(String, &'static str), CudaFunction>>,
+    loaded: Mutex<HashMap<(Build, &'static str), CudaFunction>>,
     info: Info,
 }
 
@@ -156,6 +156,16 @@ impl Device {
         Ok(Buffer { slice: self.stream.alloc_zeros::<u8>(bytes.max(16)).during("take GPU memory")? })
     }
 
+    /// Memory with anything in it, for what is written before it is read.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn room(&self, bytes: usize) -> Result<Buffer, CudaError> {
+        // SAFETY: bytes have no invalid values, and the callers within the crate write before they read.
+        let slice = unsafe { self.stream.alloc::<u8>(bytes.max(16)) }.during("take GPU memory")?;
+        Ok(Buffer { slice })
+    }
+
     /// A copy on the card.
     ///
     /// # Errors
@@ -192,6 +202,52 @@ impl Device {
         Ok(out)
     }
 
+    /// Elements from a byte on, once all before is done.
+    ///
+    /// # Errors
+    /// The driver fails, or a kernel before this failed.
+    pub fn read_into<T: Pod>(&self, buffer: &Buffer, from: usize, out: &mut [T]) -> Result<(), CudaError> {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
+        if !bytes.is_empty() {
+            let part = buffer.slice.slice(from..from + bytes.len());
+            self.stream.memcpy_dtoh(&part, bytes).during("copy from the GPU")?;
+        }
+        self.wait()
+    }
+
+    /// Copies bytes from one buffer to another.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub(crate) fn copy(
+        &self,
+        from: &Buffer,
+        from_byte: usize,
+        to: &mut Buffer,
+        to_byte: usize,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let from = from.slice.slice(from_byte..from_byte + bytes);
+        let mut to = to.slice.slice_mut(to_byte..to_byte + bytes);
+        self.stream.memcpy_dtod(&from, &mut to).during("copy on the GPU")
+    }
+
+    /// The stream that does everything.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Makes this card the current one of the calling thread.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub(crate) fn bind(&self) -> Result<(), CudaError> {
+        self.context.bind_to_thread().during("use the GPU from this thread")
+    }
+
     /// Waits until all is done.
     ///
     /// # Errors
@@ -202,7 +258,8 @@ impl Device {
 
     /// A function, with its right to so much shared memory.
     pub(crate) fn function(&self, build: &Build, name: &'static str, shared: usize) -> Result<CudaFunction, CudaError> {
-        let key = (build.file(&self.info.arch), name);
+        // A build is told by what it is made of; the name of its file is a hash of the whole text.
+        let key = (build.clone(), name);
         let mut loaded = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
         if let Some(f) = loaded.get(&key) {
             return Ok(f.clone());

@@ -25,6 +25,8 @@ pub enum Source {
     Rows,
     /// Partial states to one.
     Merge,
+    /// What lies between the products of a forward pass.
+    Model,
     /// Copy, and random numbers.
     Copy,
 }
@@ -39,6 +41,7 @@ impl Source {
             Source::Exact => include_str!("../kernels/exact.cu"),
             Source::Rows => include_str!("../kernels/rows.cu"),
             Source::Merge => include_str!("../kernels/merge.cu"),
+            Source::Model => include_str!("../kernels/model.cu"),
             Source::Copy => include_str!("../kernels/copy.cu"),
         }
     }
@@ -52,6 +55,7 @@ impl Source {
             Source::Exact => "exact",
             Source::Rows => "rows",
             Source::Merge => "merge",
+            Source::Model => "model",
             Source::Copy => "copy",
         }
     }
@@ -143,7 +147,7 @@ impl Build {
     pub fn all(shared: usize, channels: &[usize]) -> Vec<Build> {
         let mut all = vec![Self::plain(Source::Copy, 128)];
         for dim in [64, 128, 256] {
-            all.extend([Source::Prefill, Source::Rows, Source::Merge].map(|s| Self::plain(s, dim)));
+            all.extend([Source::Prefill, Source::Rows, Source::Merge, Source::Model].map(|s| Self::plain(s, dim)));
             all.extend((1..=8).map(|g| Self::exact(dim, g)));
             for bits in [2, 3, 4] {
                 all.push(Self::dense(bits, dim));
