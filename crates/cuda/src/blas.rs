@@ -16,6 +16,8 @@ use crate::device::{Buffer, Device};
 
 /// Memory that products may use beside their operands: what NVIDIA asks for on Hopper, enough everywhere.
 const WORKSPACE: usize = 32 << 20;
+/// CUBLAS_OP_T of cublas_api.h.
+const TRANSPOSED: i32 = 1;
 
 /// A weight matrix `[rows = outputs][cols = inputs]` in fp16 on a card.
 pub(crate) struct Matrix {
@@ -91,7 +93,7 @@ impl Blas {
         let kind = sys::cudaDataType::CUDA_R_32F;
         let operation = lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, kind)
             .map_err(failed("describe a product"))?;
-        let transposed = sys::cublasOperation_t::CUBLAS_OP_T as i32;
+        let transposed = TRANSPOSED;
         // SAFETY: the descriptor was just made; the attribute is 4 bytes, which are copied.
         unsafe {
             lt::set_matmul_desc_attribute(
@@ -103,12 +105,13 @@ impl Blas {
         }
         .map_err(failed("describe a product"))?;
         let preference = lt::create_matmul_pref().map_err(failed("describe a product"))?;
+        let most = WORKSPACE;
         // SAFETY: as above, 8 bytes.
         unsafe {
             lt::set_matmul_pref_attribute(
                 preference,
                 sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                (&raw const WORKSPACE).cast(),
+                (&raw const most).cast(),
                 size_of::<usize>(),
             )
         }

@@ -189,6 +189,18 @@ impl Device {
         self.stream.memcpy_htod(bytes, &mut part).during("copy to the GPU")
     }
 
+    /// Overwrites the beginning of a buffer that is shared.
+    pub(crate) fn overwrite<T: Pod>(&self, buffer: &Buffer, data: &[T]) -> Result<(), CudaError> {
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        if bytes.len() > buffer.bytes() {
+            return Err(CudaError::Append { problem: "more bytes than the buffer has" });
+        }
+        // SAFETY: the range lies in the buffer (checked above); what else uses it is ordered by the one stream.
+        unsafe { cudarc::driver::result::memcpy_htod_async(buffer.at(), bytes, self.stream.cu_stream()) }
+            .during("copy to the GPU")?;
+        self.wait()
+    }
+
     /// The first `n` elements.
     ///
     /// # Errors
