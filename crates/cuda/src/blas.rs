@@ -129,15 +129,7 @@ impl Blas {
         let (weights, input, output) = (layout(half, cols, rows)?, layout(half, cols, n)?, layout(float, rows, n)?);
         // SAFETY: all descriptors were made above and live.
         let best = unsafe {
-            lt::get_matmul_algo_heuristic(
-                self.handle,
-                self.operation,
-                weights,
-                input,
-                output,
-                output,
-                self.preference,
-            )
+            lt::get_matmul_algo_heuristic(self.handle, self.operation, weights, input, output, output, self.preference)
         }
         .map_err(failed("choose how to multiply"))?;
         Ok(Plan { algorithm: best.algo, weights, input, output, workspace: best.workspaceSize.min(WORKSPACE) })

@@ -233,6 +233,19 @@ impl Modules {
         Modules { folder, nvrtc_folder: nvrtc.map(Path::to_path_buf), nvrtc: OnceLock::new() }
     }
 
+    /// Whether the compiler can be loaded.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn find_compiler(&self) -> Result<(), CudaError> {
+        self.compiler().map(|_| ())
+    }
+
+    /// Where compiled kernels are kept.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     fn compiler(&self) -> Result<&Nvrtc, CudaError> {
         if self.nvrtc.get().is_none() {
             let loaded = Nvrtc::load(self.nvrtc_folder.as_deref())?;

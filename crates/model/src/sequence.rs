@@ -58,6 +58,30 @@ pub trait Sequence {
     fn size(&self) -> Result<Size, ForwardError>;
 }
 
+impl<S: Sequence + ?Sized> Sequence for &mut S {
+    fn len(&self) -> usize {
+        (**self).len()
+    }
+    fn context(&self) -> usize {
+        (**self).context()
+    }
+    fn run(&mut self, tokens: &[u32], logits: Logits, prefill: Prefill) -> Result<&[f32], ForwardError> {
+        (**self).run(tokens, logits, prefill)
+    }
+    fn logits(&self) -> &[f32] {
+        (**self).logits()
+    }
+    fn keepable(&self, len: usize) -> usize {
+        (**self).keepable(len)
+    }
+    fn truncate(&mut self, len: usize) -> Result<(), ForwardError> {
+        (**self).truncate(len)
+    }
+    fn size(&self) -> Result<Size, ForwardError> {
+        (**self).size()
+    }
+}
+
 /// What makes sequences: a model on this CPU, or on a device.
 pub trait Engine {
     /// An empty sequence with a cache of this kind.
@@ -65,11 +89,20 @@ pub trait Engine {
     /// # Errors
     /// The quantizer is missing, of another model, or lacks a fit for the spec; a device does not support the spec.
     fn sequence(&self, spec: &Spec, quantizer: Option<&Quantizer>) -> Result<Box<dyn Sequence + '_>, ForwardError>;
+
+    /// Whether sequences run elsewhere than on this CPU.
+    fn is_device(&self) -> bool {
+        true
+    }
 }
 
 impl Engine for Model {
     fn sequence(&self, spec: &Spec, quantizer: Option<&Quantizer>) -> Result<Box<dyn Sequence + '_>, ForwardError> {
         Ok(Box::new(OnCpu::new(self, self.new_cache(spec, quantizer)?)))
+    }
+
+    fn is_device(&self) -> bool {
+        false
     }
 }
 

@@ -68,12 +68,7 @@ pub(super) fn check_spec(spec: &Spec) -> Result<(), CudaError> {
 }
 
 impl Kept {
-    pub fn new(
-        model: &GpuModel,
-        spec: &Spec,
-        fit: Option<&Fit>,
-        status: &Arc<Buffer>,
-    ) -> Result<Self, CudaError> {
+    pub fn new(model: &GpuModel, spec: &Spec, fit: Option<&Fit>, status: &Arc<Buffer>) -> Result<Self, CudaError> {
         let (device, c) = (model.device(), &model.config);
         let Spec::Coded(coded) = spec else {
             let layers = (0..c.layers)
@@ -86,7 +81,7 @@ impl Kept {
         let sinks = spec.sinks();
         let layers = (0..c.layers)
             .map(|i| {
-                let fit = fit.map(|f| &f.layers[i]);
+                let fit = fit.and_then(|f| f.layers.get(i));
                 let side = |side| SideQuantizer::new(coded, side, c.kv_heads, c.head_dim, fit);
                 let tables = Tables::new(device, &side(Side::Key)?, &side(Side::Value)?, c.kv_heads, c.head_dim)?;
                 let chunk = CHUNK.min(c.context);

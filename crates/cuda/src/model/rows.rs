@@ -49,7 +49,11 @@ fn at(b: Option<&Buffer>) -> u64 {
 /// Every buffer that is given has at least so many bytes.
 fn room<const N: usize>(needed: [(Option<&Buffer>, usize); N]) -> Result<(), CudaError> {
     let fits = |(b, n): &(Option<&Buffer>, usize)| b.is_none_or(|b| b.bytes() >= *n);
-    if needed.iter().all(fits) { Ok(()) } else { Err(CudaError::Append { problem: "a buffer of the model is too small" }) }
+    if needed.iter().all(fits) {
+        Ok(())
+    } else {
+        Err(CudaError::Append { problem: "a buffer of the model is too small" })
+    }
 }
 
 impl Widths {
