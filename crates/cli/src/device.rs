@@ -12,7 +12,7 @@ use kvquant_model::{Engine, Model};
 use kvquant_quant::Spec;
 
 use crate::output::{bytes, say};
-use crate::progress::Progress;
+use crate::progress::{Progress, note};
 
 /// Of what a GPU does not do at all.
 pub const CPU_ONLY: &str = "runs on the CPU only (--device cpu)";
@@ -53,13 +53,13 @@ impl fmt::Display for On {
 
 /// Where to run; flattened into the options of commands.
 #[derive(clap::Args, Clone, Copy)]
-pub struct Args {
+pub struct Choice {
     /// What to compute on: cpu, cuda:N, or auto (a GPU if one is there and supports model and caches)
     #[arg(long, value_name = "DEVICE", default_value_t = On::Cpu)]
     pub device: On,
 }
 
-impl Args {
+impl Choice {
     /// Puts a model on a GPU, if it is to run there: `None` is the CPU. All that can be refused is refused before any work;
     /// `auto` says what it chose, and why.
     pub fn place(self, model: &Model, specs: &[&Spec]) -> Result<Option<GpuModel>> {
@@ -109,7 +109,8 @@ fn usable() -> Result<(), CudaError> {
 }
 
 fn open(n: usize, model: &Model) -> Result<GpuModel, CudaError> {
-    let device = Device::open(n, Modules::new(None, None))?;
+    let modules = Modules::new(None, None).telling(|build| note(&format!("compiling, once: {build}")));
+    let device = Device::open(n, modules)?;
     check_libraries()?;
     let mut progress = Progress::new();
     let gpu = GpuModel::new(device, model, &mut |done, total| {

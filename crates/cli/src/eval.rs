@@ -54,7 +54,7 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     generate: Option<usize>,
     #[command(flatten)]
-    on: device::Args,
+    on: device::Choice,
     /// Print the report as JSON
     #[arg(long)]
     json: bool,

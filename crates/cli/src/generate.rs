@@ -86,7 +86,7 @@ pub struct Common {
     #[arg(long, value_enum, default_value = "exact")]
     prefill: PrefillArg,
     #[command(flatten)]
-    on: device::Args,
+    on: device::Choice,
 }
 
 /// A history and what runs tokens after it.

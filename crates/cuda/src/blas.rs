@@ -145,6 +145,7 @@ impl Blas {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(new) => new.insert(self.plan(w.rows, w.cols, n)?),
         };
+        device.bind()?;
         let (one, zero) = (1.0f32, 0.0f32);
         let at = |b: &Buffer| b.at() as *mut c_void;
         let stream: CUstream = device.stream().cu_stream();

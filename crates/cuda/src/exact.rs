@@ -70,6 +70,11 @@ impl ExactCache {
     }
 }
 
+/// Warps of a block of threads in kernels/exact.cu.
+fn warps(dim: usize, group: usize) -> usize {
+    if group * dim > 1024 { 4 } else { 8 }
+}
+
 /// Decode attention over an fp16 cache.
 pub struct ExactDecode {
     parts: Parts,
@@ -92,8 +97,10 @@ impl ExactDecode {
     /// Splits a history that will have so many tokens anew; for all layers of one shape.
     pub(crate) fn follow(&mut self, device: &Device, cache: &ExactCache, tokens: usize) -> Result<(), CudaError> {
         let step = 256 / cache.dim * if self.group > 2 { 4 } else { 8 };
-        let steps = tokens.div_ceil(step);
-        let splits = choose_splits(2 * device.info().processors, self.heads / self.group, steps, 8, 2.0);
+        let warps = warps(cache.dim, self.group);
+        let at_a_time = if self.group > 4 && warps > 4 { 1 } else { 2 };
+        let (steps, tasks) = (tokens.div_ceil(step), self.heads / self.group);
+        let splits = choose_splits(at_a_time * device.info().processors, tasks, steps, warps, 2.0);
         self.parts.resize(device, splits)
     }
 
@@ -113,8 +120,9 @@ impl ExactDecode {
             numbers: [self.heads, cache.kv_heads, self.parts.splits, passes, cache.tokens, cache.capacity]
                 .map(|n| n as u32),
         };
+        let threads = 32 * warps(cache.dim, self.group);
         // SAFETY: the argument of `exact_decode`; it reads rows below `tokens` and writes the parts.
-        unsafe { device.launch_with(&f, [self.parts.splits, self.heads / self.group, 1], 256, 0, &args) }?;
+        unsafe { device.launch_with(&f, [self.parts.splits, self.heads / self.group, 1], threads, 0, &args) }?;
         self.parts.merge(device, out)
     }
 }

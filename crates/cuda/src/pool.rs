@@ -207,7 +207,7 @@ impl History {
             pool.arena.at(),
             self.open.at(),
             self.exact.at(),
-            self.numbers.len() as u64 | (last as u64) << 32,
+            tokens.div_ceil(BLOCK) as u64 | (last as u64) << 32,
             (self.exact_rows + exact) as u64 | (self.exact_capacity as u64) << 32,
         ]
     }

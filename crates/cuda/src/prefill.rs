@@ -104,7 +104,8 @@ impl Prefill {
             return Err(CudaError::Append { problem: "fewer rows than keys" });
         }
         // Queries, and keys and values twice.
-        let shared = (128 + 4 * 64) * self.dim * 2;
+        let keys = if self.dim > 128 { 32 } else { 64 };
+        let shared = (128 + 4 * keys) * self.dim * 2;
         let f = device.function(&Build::plain(Source::Prefill, self.dim), "prefill", shared)?;
         let n = |x: usize| x as u32;
         let args = PrefillArgs {

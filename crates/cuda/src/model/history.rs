@@ -200,9 +200,9 @@ impl Coded {
         let mut records = Vec::with_capacity(self.layers.len() * RECORD_BYTES / 8);
         for l in &mut self.layers {
             let before = l.history.coded();
-            let (blocks, free) = ((before + coded).div_ceil(BLOCK) - l.history.blocks(), l.pool.free.len());
-            if blocks > free {
-                l.pool.grow(device, &l.tables, (blocks - free).max(l.pool.count), 0)?;
+            let need = (before + coded).div_ceil(BLOCK).saturating_sub(l.history.blocks());
+            if need > l.pool.free.len() {
+                l.pool.grow(device, &l.tables, (need - l.pool.free.len()).max(l.pool.count), 0)?;
             }
             // Outliers go to the arena when their block is full; how many there are only the card knows.
             let full = (before + coded) / BLOCK - before / BLOCK;
