@@ -39,14 +39,16 @@ pub fn run(args: Args) -> Result<()> {
             "/exit" => return Ok(()),
             "/reset" => {
                 messages = args.common.opening();
-                session.cache.truncate(0)?;
+                session.sequence().truncate(0)?;
                 held.clear();
                 continue;
             }
             "/stats" => {
-                let b = session.cache.bytes();
-                let (n, bits) = (session.cache.len(), session.cache.bits_per_element());
-                eprintln!("{n} tokens, {} bytes, {bits:.2} bits per element: {b:?}", b.total());
+                let sequence = session.sequence();
+                let (n, size) = (sequence.len(), sequence.size()?);
+                drop(sequence);
+                let parts = session.parts().map_or(String::new(), |b| format!(": {b:?}"));
+                eprintln!("{n} tokens, {} bytes, {:.2} bits per element{parts}", size.bytes, size.bits_per_element);
                 continue;
             }
             text => messages.push(Message { role: "user".into(), content: text.into() }),
@@ -71,18 +73,21 @@ fn turn(
     let ids = session.encode(&template.render(messages, true)?, true)?;
     // At least one token is run, so that there are logits.
     let common = ids.iter().zip(held.iter()).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
-    // Layers with a window can only go back so far.
-    let common = session.cache.keepable(common);
-    session.cache.truncate(common)?;
+    // Layers with a window can only go back so far, codes on a GPU block by block.
+    let mut sequence = session.sequence();
+    let common = sequence.keepable(common);
+    sequence.truncate(common)?;
+    drop(sequence);
     held.truncate(common);
     let outcome = session.answer(&ids[common..], &mut to_stdout);
     // A failed prompt leaves the chunks that were done.
     held.extend_from_slice(&ids[common..]);
-    held.truncate(session.cache.len());
+    let len = session.sequence().len();
+    held.truncate(len);
     let outcome = outcome?;
-    held.extend(outcome.tokens.iter().copied().take(session.cache.len() - held.len()));
+    held.extend(outcome.tokens.iter().copied().take(len - held.len()));
     to_stdout("\n")?;
-    eprintln!("[{}]", session.figures(&outcome));
+    eprintln!("[{}]", session.figures(&outcome)?);
     messages.push(Message { role: "assistant".into(), content: outcome.text });
     Ok(())
 }

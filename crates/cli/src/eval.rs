@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use kvquant_cache::Prefill;
-use kvquant_eval::{Candidate, EvalOptions, agree, evaluate};
+use kvquant_eval::{Candidate, EvalError, EvalOptions, agree_on, evaluate_on};
 use kvquant_quant::Spec;
 
+use crate::device;
 use crate::failure::Input;
 use crate::models;
 use crate::output::{read_text, say, write};
@@ -52,6 +53,8 @@ pub struct Args {
     /// Also continue the first half of each window by up to N greedy tokens and compare them with fp16's
     #[arg(long, value_name = "N")]
     generate: Option<usize>,
+    #[command(flatten)]
+    on: device::Choice,
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
@@ -102,6 +105,17 @@ pub fn run(args: Args) -> Result<()> {
     let loaded = models::load(&args.model, Some(args.ctx))?;
     let specs: Vec<&Spec> = kvs.iter().filter_map(|(_, f)| f.spec()).collect();
     let quantizer = quantizers::find(args.quantizer.as_deref(), &loaded.model, &specs)?;
+    let gpu = match (kvs.iter().find(|(_, f)| f.spec().is_none()), args.on.device) {
+        (Some((name, _)), device::On::Cuda(_)) => {
+            return Err(EvalError::Simulated { name: name.clone(), problem: device::CPU_ONLY }.into());
+        }
+        (Some((name, _)), device::On::Auto) => {
+            eprintln!("computing on the CPU: {name}, which is simulated, {}", device::CPU_ONLY);
+            None
+        }
+        _ => args.on.place(&loaded.model, &specs)?,
+    };
+    let engine = device::engine(&gpu, &loaded.model);
     let mut ids = loaded.tokenizer.encode(&text, false)?;
     let mut name = file_name(&args.text);
     if let Some(late) = &args.late_text {
@@ -119,12 +133,13 @@ pub fn run(args: Args) -> Result<()> {
         bos: loaded.bos(),
     };
     let mut progress = Progress::new();
-    let mut report = evaluate(&loaded.model, &loaded.name, &ids, &name, &candidates, &options, &mut |done, total| {
+    let (model, title) = (&loaded.model, &loaded.name);
+    let mut report = evaluate_on(engine, model, title, &ids, &name, &candidates, &options, &mut |done, total| {
         progress.update("evaluating", done as u64, total as u64);
     })?;
     if let Some(tokens) = args.generate {
         let ends = loaded.tokenizer.end_of_turn();
-        let generation = agree(&loaded.model, &ids, &candidates, &options, tokens, ends, &mut |done, total| {
+        let generation = agree_on(engine, model, &ids, &candidates, &options, tokens, ends, &mut |done, total| {
             progress.update("continuing", done as u64, total as u64);
         })?;
         report.generation = Some(generation);

@@ -52,10 +52,7 @@ pub fn is_input(e: &Error) -> bool {
             || c.is::<TokenizerError>()
             || c.is::<TemplateError>()
             || c.is::<DispatchError>()
-            || matches!(
-                c.downcast_ref(),
-                Some(CudaError::NoDriver | CudaError::NoDevice { .. } | CudaError::NoCompiler { .. })
-            )
+            || c.downcast_ref().is_some_and(cuda)
             || matches!(c.downcast_ref(), Some(PullError::Unknown { .. } | PullError::NoHub { .. }))
             || matches!(c.downcast_ref(), Some(SamplingError::Parameter { .. }))
             || matches!(c.downcast_ref(), Some(ServeError::Listen { .. } | ServeError::Origin(_)))
@@ -77,6 +74,11 @@ pub fn is_input(e: &Error) -> bool {
     })
 }
 
+fn cuda(e: &CudaError) -> bool {
+    use CudaError::{NoBlas, NoCompiler, NoDevice, NoDriver, Unsupported};
+    matches!(e, NoDriver | NoDevice { .. } | NoCompiler { .. } | NoBlas | Unsupported { .. })
+}
+
 fn file(e: &FileError) -> bool {
     !matches!(e, FileError::Io { operation: "write", .. })
 }
@@ -94,6 +96,7 @@ fn forward(e: &ForwardError) -> bool {
             _ => false,
         },
         ForwardError::Dispatch(_) => true,
+        ForwardError::Device(e) => e.downcast_ref().is_some_and(cuda),
         _ => false,
     }
 }

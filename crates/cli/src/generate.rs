@@ -7,11 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use kvquant_cache::Cache;
-use kvquant_model::generate::{Event, GenerateOptions, Outcome, generate};
+use kvquant_cuda::model::OnGpu;
+use kvquant_model::Sequence;
+use kvquant_model::generate::{Event, GenerateOptions, Outcome, generate_on};
 use kvquant_model::sampling::{Sampler, SamplingParams};
+use kvquant_model::sequence::OnCpu;
 use kvquant_model::template::Message;
 use kvquant_quant::Spec;
 
+use crate::device;
 use crate::eval::PrefillArg;
 use crate::failure::Input;
 use crate::models::{self, Loaded};
@@ -81,13 +85,21 @@ pub struct Common {
     /// How a prompt's tokens see each other
     #[arg(long, value_enum, default_value = "exact")]
     prefill: PrefillArg,
+    #[command(flatten)]
+    on: device::Choice,
+}
+
+/// A history and what runs tokens after it.
+enum Place {
+    Cpu(Box<Cache>),
+    Gpu(Box<OnGpu>),
 }
 
 /// A model, its cache and how to sample.
 pub struct Session {
     pub loaded: Loaded,
     pub spec: Spec,
-    pub cache: Cache,
+    place: Place,
     sampler: Sampler,
     options: GenerateOptions,
 }
@@ -106,8 +118,17 @@ impl Common {
             ..SamplingParams::default()
         })?;
         let loaded = models::load(&self.model, self.ctx)?;
-        let (spec, quantizer) = quantizers::choose(self.quantizer.as_deref(), &loaded.model, self.kv.as_deref())?;
-        let cache = loaded.model.new_cache(&spec, quantizer.as_ref())?;
+        let choose = |on_gpu, kv| quantizers::choose(self.quantizer.as_deref(), &loaded.model, kv, on_gpu);
+        let (mut spec, mut quantizer) = choose(self.on.wants_gpu(), self.kv.as_deref())?;
+        let place = match self.on.place(&loaded.model, &[&spec])? {
+            Some(gpu) => Place::Gpu(Box::new(gpu.start(&spec, quantizer.as_ref())?)),
+            None => {
+                if self.on.wants_gpu() {
+                    (spec, quantizer) = choose(false, self.kv.as_deref())?;
+                }
+                Place::Cpu(Box::new(loaded.model.new_cache(&spec, quantizer.as_ref())?))
+            }
+        };
         let options = GenerateOptions {
             max_tokens: self.max_tokens,
             stop: self.stop.clone(),
@@ -115,7 +136,7 @@ impl Common {
             context: self.ctx.unwrap_or(usize::MAX),
             ..GenerateOptions::default()
         };
-        Ok(Session { loaded, spec, cache, sampler, options })
+        Ok(Session { loaded, spec, place, sampler, options })
     }
 
     /// The messages that open a chat.
@@ -133,16 +154,20 @@ impl Session {
         Ok(bos.into_iter().chain(encoded).collect())
     }
 
+    /// The sequence, on whatever it runs.
+    pub fn sequence(&mut self) -> Box<dyn Sequence + '_> {
+        sequence(&self.loaded, &mut self.place)
+    }
+
     /// Runs a prompt after what the cache holds, streaming the answer to `show`.
     pub fn answer(&mut self, prompt: &[u32], show: &mut dyn FnMut(&str) -> Result<()>) -> Result<Outcome> {
         let interrupted = interrupted()?;
         interrupted.store(false, Ordering::Relaxed);
         let mut progress = Progress::new();
         let mut failed = None;
-        let outcome = generate(
-            &self.loaded.model,
+        let outcome = generate_on(
+            &mut *sequence(&self.loaded, &mut self.place),
             &self.loaded.tokenizer,
-            &mut self.cache,
             prompt,
             &mut self.sampler,
             &self.options,
@@ -167,18 +192,34 @@ impl Session {
     }
 
     /// One line of figures.
-    pub fn figures(&self, o: &Outcome) -> String {
+    pub fn figures(&mut self, o: &Outcome) -> Result<String> {
+        let size = self.sequence().size()?;
         let rate = |n: usize, s: f64| if s > 0.0 { n as f64 / s } else { 0.0 };
-        format!(
+        Ok(format!(
             "{} + {} tokens, prefill {:.0}/s, decode {:.1}/s, cache {} ({}, {:.2} bits)",
             o.prompt_tokens,
             o.tokens.len(),
             rate(o.prompt_tokens, o.prefill_seconds),
             rate(o.tokens.len().saturating_sub(1), o.decode_seconds),
-            bytes(self.cache.bytes().total() as f64),
+            bytes(size.bytes as f64),
             self.spec,
-            self.cache.bits_per_element()
-        )
+            size.bits_per_element
+        ))
+    }
+
+    /// Bytes by part, where the cache counts them.
+    pub fn parts(&self) -> Option<kvquant_cache::Bytes> {
+        match &self.place {
+            Place::Cpu(cache) => Some(cache.bytes()),
+            Place::Gpu(_) => None,
+        }
+    }
+}
+
+fn sequence<'a>(loaded: &'a Loaded, place: &'a mut Place) -> Box<dyn Sequence + 'a> {
+    match place {
+        Place::Cpu(cache) => Box::new(OnCpu::new(&loaded.model, &mut **cache)),
+        Place::Gpu(on_gpu) => Box::new(&mut **on_gpu),
     }
 }
 
@@ -235,16 +276,17 @@ pub fn run(args: Args) -> Result<()> {
     };
     if args.json {
         let o = session.answer(&ids, &mut |_| Ok(()))?;
+        let size = session.sequence().size()?;
         let report = serde_json::json!({
             "text": o.text, "tokens": o.tokens, "stop": o.stop, "prompt_tokens": o.prompt_tokens,
             "prefill_seconds": o.prefill_seconds, "decode_seconds": o.decode_seconds, "kv": session.spec.to_string(),
-            "cache_bytes": session.cache.bytes().total(), "bits_per_element": session.cache.bits_per_element(),
+            "cache_bytes": size.bytes, "bits_per_element": size.bits_per_element, "device": args.common.on.device.to_string(),
         });
         say!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());
     }
     let o = session.answer(&ids, &mut to_stdout)?;
     to_stdout("\n")?;
-    eprintln!("[{}]", session.figures(&o));
+    eprintln!("[{}]", session.figures(&o)?);
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! `kvquant gpu-check`
 
-use std::collections::BTreeMap;
+mod model;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -8,7 +10,9 @@ use anyhow::Result;
 use kvquant_cuda::bench::{self, Plan, Row, SHAPES, Shape};
 use kvquant_cuda::check::{self, Outcome};
 use kvquant_cuda::device::Device;
+use kvquant_cuda::model::GpuModel;
 use kvquant_cuda::modules::{Build, Modules, shared_limit};
+use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use crate::failure::Input;
@@ -34,6 +38,9 @@ pub struct Args {
     /// Fewer cases of the check
     #[arg(long)]
     quick: bool,
+    /// Also compare this model's forward pass with the CPU's: a known model, GGUF file or Hugging Face folder
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
     /// Models to bench
     #[arg(long, value_delimiter = ',', default_values = ["llama2-7b", "llama3-8b", "smollm2"])]
     shapes: Vec<String>,
@@ -55,6 +62,12 @@ pub struct Args {
     /// Only compile every kernel for these architectures, into the folder of compiled kernels, and report registers
     #[arg(long, value_delimiter = ',', value_name = "ARCH")]
     compile: Vec<String>,
+    /// With --compile: only these files of kernels
+    #[arg(long, value_delimiter = ',', value_name = "FILES", requires = "compile")]
+    kernels: Vec<String>,
+    /// With --compile: fail if registers are spilled
+    #[arg(long, requires = "compile")]
+    no_spills: bool,
     /// Folder for gpu-check.json
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -109,15 +122,22 @@ pub fn run(args: Args) -> Result<()> {
     );
 
     let mut outcomes = Vec::new();
+    let mut tell = |o: &Outcome| {
+        let word = if o.passed() { "ok   " } else { "WRONG" };
+        eprintln!("{word} {:14} {:44} error {:.2e} of {:.0e}", o.kernel, o.case, o.error, o.tolerance);
+    };
     let seed = args.seed.unwrap_or_else(|| {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64)
     });
     if has(Part::Check) {
         eprintln!("check: seed {seed}");
-        outcomes = check::run(&device, seed, args.quick, &mut |o| {
-            let word = if o.passed() { "ok   " } else { "WRONG" };
-            eprintln!("{word} {:14} {:44} error {:.2e} of {:.0e}", o.kernel, o.case, o.error, o.tolerance);
-        })?;
+        outcomes = check::run(&device, seed, args.quick, &mut tell)?;
+    }
+    if let Some(name) = &args.model {
+        let loaded = crate::models::load(name, None)?;
+        let modules = Modules::new(args.modules.as_deref(), args.nvrtc.as_deref());
+        let gpu = GpuModel::new(Device::open(args.device, modules)?, &loaded.model, &mut |_, _| {})?;
+        outcomes.extend(model::run(&loaded, &gpu, &mut tell)?);
     }
     let mut rows = Vec::new();
     let show = |r: &Row| {
@@ -255,27 +275,42 @@ fn sdpa(args: &Args, shapes: &[Shape], prefill: bool) -> Vec<Value> {
     }
 }
 
+/// Compiles, on all cores, and reports in order what ptxas says.
 fn compile(args: &Args, modules: &Modules) -> Result<()> {
     let mut spilled = Vec::new();
     for arch in &args.compile {
         let Some(limit) = shared_limit(arch) else {
             return Err(Input(format!("--compile {arch}: unknown; for example sm_80, sm_90a, sm_100")).into());
         };
-        for build in Build::all(limit, &CHANNELS) {
-            let (code, r) = modules.compile(&build, arch)?;
-            say!(
-                "{arch:7} {build:52} {:4} registers {:4} bytes spilled {:7} bytes",
-                r.registers,
-                r.spilled,
-                code.len()
-            );
-            if r.spilled > 0 {
-                spilled.push(format!("{arch} {build}"));
+        let all = Build::all(limit, &CHANNELS);
+        let asked = |b: &Build| args.kernels.is_empty() || args.kernels.iter().any(|k| k == b.source.name());
+        if let Some(k) = args.kernels.iter().find(|k| all.iter().all(|b| b.source.name() != *k)) {
+            let known: BTreeSet<&str> = all.iter().map(|b| b.source.name()).collect();
+            let known: Vec<&str> = known.into_iter().collect();
+            return Err(Input(format!("--kernels {k}: unknown; there are {}", known.join(", "))).into());
+        }
+        let builds: Vec<Build> = all.into_iter().filter(asked).collect();
+        // A few at a time, so that the report goes on while others compile.
+        for some in builds.chunks(2 * rayon::current_num_threads()) {
+            let made: Vec<_> = some.par_iter().map(|b| modules.compile(b, arch)).collect();
+            for (build, made) in some.iter().zip(made) {
+                let (code, r) = made?;
+                say!(
+                    "{arch:7} {build:56} {:4} registers {:4} bytes spilled {:6} of shared memory {:7} of code",
+                    r.registers,
+                    r.spilled,
+                    r.shared,
+                    code.len()
+                );
+                if r.spilled > 0 {
+                    spilled.push(format!("{arch} {build}"));
+                }
             }
         }
     }
     if !spilled.is_empty() {
         say!("spills: {}", spilled.join("; "));
     }
+    anyhow::ensure!(!args.no_spills || spilled.is_empty(), "{} builds spill registers", spilled.len());
     Ok(())
 }

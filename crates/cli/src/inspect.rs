@@ -17,15 +17,18 @@ use crate::progress::Progress;
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  kvquant inspect smollm2-135m\n  kvquant inspect smollm2.safetensors --json\n  kvquant inspect --cpu"
+    after_help = "Examples:\n  kvquant inspect smollm2-135m\n  kvquant inspect smollm2.safetensors --json\n  kvquant inspect --cpu\n  kvquant inspect --gpu"
 )]
 pub struct Args {
     /// A GGUF file, a Hugging Face folder, a quantizer file, or a known model
-    #[arg(required_unless_present = "cpu")]
+    #[arg(required_unless_present_any = ["cpu", "gpu"])]
     file: Option<String>,
     /// Show which kernels this CPU gets
     #[arg(long)]
     cpu: bool,
+    /// Show the GPUs, and which of NVIDIA's libraries are there
+    #[arg(long)]
+    gpu: bool,
     /// Print as JSON
     #[arg(long)]
     json: bool,
@@ -35,6 +38,14 @@ pub fn run(args: Args) -> Result<()> {
     if args.cpu {
         print!("{}", kvquant_kernels::dispatch::cpu_report());
         say!("attention     {}", kvquant_kernels::attend::Kernels::detect()?.name());
+    }
+    if args.gpu {
+        let report = crate::device::report()?;
+        if args.json {
+            say!("{}", serde_json::to_string_pretty(&report)?);
+        } else {
+            crate::device::show(&report);
+        }
     }
     let Some(file) = args.file else { return Ok(()) };
     let mut progress = Progress::new();

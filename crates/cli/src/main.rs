@@ -5,6 +5,7 @@ mod bench;
 mod calibrate;
 mod chat;
 mod demo;
+mod device;
 mod eval;
 mod failure;
 mod generate;

@@ -67,3 +67,10 @@ impl Drop for Progress {
         self.clear();
     }
 }
+
+/// A line about something that takes a while and has no end in sight.
+pub fn note(text: &str) {
+    if !QUIET.load(Ordering::Relaxed) {
+        eprintln!("{text}");
+    }
+}

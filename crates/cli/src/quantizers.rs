@@ -13,6 +13,9 @@ const BUILT_IN: [(&str, &[u8]); 1] =
 /// The cache where none is asked for, and where there is no quantizer for it.
 pub const DEFAULT_KV: &str = "mix4+sink1";
 const WITHOUT_QUANTIZER: &str = "nuq4-1%+sink1+online";
+/// The same on a GPU.
+const GPU_KV: &str = "nuq4-1%+sink1";
+const GPU_WITHOUT_QUANTIZER: &str = "fp16";
 
 /// The quantizer for a model; `None` if no file is given and no built-in one fits.
 ///
@@ -44,9 +47,22 @@ pub fn find(file: Option<&Path>, model: &Model, specs: &[&Spec]) -> Result<Optio
 
 /// A spec that the user asked for, or the default, and its quantizer. Where no quantizer fits the model, thresholds come
 /// from the text itself if the spec can do that, and the user is told.
-pub fn choose(file: Option<&Path>, model: &Model, asked: Option<&str>) -> Result<(Spec, Option<Quantizer>)> {
-    let spec: Spec = asked.unwrap_or(DEFAULT_KV).parse()?;
-    if file.is_none() && spec.needs_fit() && built_in(model)?.is_none() {
+pub fn choose(
+    file: Option<&Path>,
+    model: &Model,
+    asked: Option<&str>,
+    on_gpu: bool,
+) -> Result<(Spec, Option<Quantizer>)> {
+    let spec: Spec = asked.unwrap_or(if on_gpu { GPU_KV } else { DEFAULT_KV }).parse()?;
+    if on_gpu && file.is_none() && spec.needs_fit() && built_in(model)?.is_none() {
+        if asked.is_none() {
+            eprintln!(
+                "no quantizer fits this model: {GPU_WITHOUT_QUANTIZER} instead of {spec}. \
+                 `kvquant calibrate MODEL --self -o FILE` makes one; --quantizer FILE uses it."
+            );
+            return Ok((GPU_WITHOUT_QUANTIZER.parse()?, None));
+        }
+    } else if file.is_none() && spec.needs_fit() && built_in(model)?.is_none() {
         let online = if asked.is_some() { spec.to_online() } else { Some(WITHOUT_QUANTIZER.parse()?) };
         if let Some(online) = online {
             eprintln!(

@@ -132,7 +132,7 @@ pub fn identity(model: &kvquant_model::Model, spec: &Spec, quantizer: Option<&Qu
 
 fn load(args: &Args) -> Result<(Served, kvquant_model::ChatTemplate, Limits)> {
     let loaded = models::load(&args.model, args.ctx)?;
-    let (spec, quantizer) = quantizers::choose(args.quantizer.as_deref(), &loaded.model, args.kv.as_deref())?;
+    let (spec, quantizer) = quantizers::choose(args.quantizer.as_deref(), &loaded.model, args.kv.as_deref(), false)?;
     let empty = loaded.model.new_cache(&spec, quantizer.as_ref())?;
     let identity = identity(&loaded.model, &spec, quantizer.as_ref())?;
     let template = loaded.template()?;

@@ -3,7 +3,10 @@
 #define LANES (DIM / 8)
 #define AT_ONCE (32 / LANES)
 #define ROWS (GROUP > 2 ? 4 : 8)
-#define WARPS 8
+// Results of all warps fit 48 KB of shared memory.
+#define WARPS (GROUP * DIM > 1024 ? 4 : 8)
+// Outputs of many heads need the registers of a second block.
+#define AT_A_TIME (GROUP > 4 && WARPS > 4 ? 1 : 2)
 
 struct ExactArgs {
   const u16* rows;
@@ -14,7 +17,7 @@ struct ExactArgs {
   u32 heads, kv_heads, splits, passes, tokens, capacity;
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) exact_decode(const ExactArgs a) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, AT_A_TIME) exact_decode(const ExactArgs a) {
   __shared__ float results[WARPS][GROUP][DIM];
   __shared__ float states[WARPS][GROUP][2];
   const u32 lane = lane_id(), warp = threadIdx.x / 32, part = lane % LANES, row = lane / LANES;

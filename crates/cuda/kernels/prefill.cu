@@ -1,9 +1,9 @@
-// Many query rows of one head against fp16 rows, 64 keys at a time, through the tensor cores. Compressed history comes as
+// Many query rows of one head against fp16 rows, KEYS keys at a time, through the tensor cores. Compressed history comes as
 // fp16 rows too, section by section (dense.cu): the cost of decoding it is shared by all query rows.
 // Between sections a row's state (maximum, sum, output) stays in memory, so that any number of sections follow.
 // A block of 8 warps has 128 rows. Rows of shared memory are swizzled: piece i of row r lies at i ^ (r % 8).
 #define ROWS 128
-#define KEYS 64
+#define KEYS (DIM > 128 ? 32 : 64)  // twice that many keys and values fit the shared memory of every card since sm_80
 #define PIECES (DIM / 8)
 #define ROW_BYTES (DIM * 2)
 
@@ -42,7 +42,7 @@ FN void fetch_rows(u8* to, const u8* from, u32 rows, u32 there) {
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1) prefill(const PrefillArgs a) {
-  extern __shared__ __align__(1024) u8 shared[];  // queries [128][DIM], then keys and values [64][DIM], twice
+  extern __shared__ __align__(1024) u8 shared[];  // queries [128][DIM], then keys and values [KEYS][DIM], twice
   u8* const sq = shared;
   u8* const sk = shared + ROWS * ROW_BYTES;
   u8* const sv = sk + 2 * KEYS * ROW_BYTES;
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) prefill(const PrefillArgs a
     float s[KEYS / 8][4];
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-#pragma unroll
+#pragma unroll(DIM > 128 ? 4 : DIM / 16)
     for (int c = 0; c < DIM / 16; c++) {
       u32 qa[4];
       load_matrices(qa, sq + piece_at(warp * 16 + lane % 16, c * 2 + lane / 16));

@@ -156,6 +156,16 @@ impl Device {
         Ok(Buffer { slice: self.stream.alloc_zeros::<u8>(bytes.max(16)).during("take GPU memory")? })
     }
 
+    /// Memory with anything in it, for what is written before it is read.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn room(&self, bytes: usize) -> Result<Buffer, CudaError> {
+        // SAFETY: bytes have no invalid values, and the callers within the crate write before they read.
+        let slice = unsafe { self.stream.alloc::<u8>(bytes.max(16)) }.during("take GPU memory")?;
+        Ok(Buffer { slice })
+    }
+
     /// A copy on the card.
     ///
     /// # Errors
@@ -179,6 +189,18 @@ impl Device {
         self.stream.memcpy_htod(bytes, &mut part).during("copy to the GPU")
     }
 
+    /// Overwrites the beginning of a buffer that is shared.
+    pub(crate) fn overwrite<T: Pod>(&self, buffer: &Buffer, data: &[T]) -> Result<(), CudaError> {
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        if bytes.len() > buffer.bytes() {
+            return Err(CudaError::Append { problem: "more bytes than the buffer has" });
+        }
+        // SAFETY: the range lies in the buffer (checked above); what else uses it is ordered by the one stream.
+        unsafe { cudarc::driver::result::memcpy_htod_async(buffer.at(), bytes, self.stream.cu_stream()) }
+            .during("copy to the GPU")?;
+        self.wait()
+    }
+
     /// The first `n` elements.
     ///
     /// # Errors
@@ -190,6 +212,52 @@ impl Device {
         self.stream.memcpy_dtoh(&part, bytes).during("copy from the GPU")?;
         self.wait()?;
         Ok(out)
+    }
+
+    /// Elements from a byte on, once all before is done.
+    ///
+    /// # Errors
+    /// The driver fails, or a kernel before this failed.
+    pub fn read_into<T: Pod>(&self, buffer: &Buffer, from: usize, out: &mut [T]) -> Result<(), CudaError> {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
+        if !bytes.is_empty() {
+            let part = buffer.slice.slice(from..from + bytes.len());
+            self.stream.memcpy_dtoh(&part, bytes).during("copy from the GPU")?;
+        }
+        self.wait()
+    }
+
+    /// Copies bytes from one buffer to another.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub(crate) fn copy(
+        &self,
+        from: &Buffer,
+        from_byte: usize,
+        to: &mut Buffer,
+        to_byte: usize,
+        bytes: usize,
+    ) -> Result<(), CudaError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let from = from.slice.slice(from_byte..from_byte + bytes);
+        let mut to = to.slice.slice_mut(to_byte..to_byte + bytes);
+        self.stream.memcpy_dtod(&from, &mut to).during("copy on the GPU")
+    }
+
+    /// The stream that does everything.
+    pub(crate) fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Makes this card the current one of the calling thread.
+    ///
+    /// # Errors
+    /// The driver fails.
+    pub(crate) fn bind(&self) -> Result<(), CudaError> {
+        self.context.bind_to_thread().during("use the GPU from this thread")
     }
 
     /// Waits until all is done.

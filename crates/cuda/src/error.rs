@@ -26,6 +26,19 @@ pub enum CudaError {
         /// What was looked for.
         tried: String,
     },
+    /// The library of matrix products is missing.
+    #[error(
+        "no cuBLASLt: libcublasLt.so.13 is not found; install it (it comes with CUDA 13, and as the pip package nvidia-cublas), or set KVQUANT_CUBLAS to its folder, or compute on the CPU"
+    )]
+    NoBlas,
+    /// cuBLASLt refused.
+    #[error("cannot {operation}: cuBLASLt says {status}")]
+    Blas {
+        /// What was tried.
+        operation: &'static str,
+        /// Its answer.
+        status: String,
+    },
     /// NVRTC refused a kernel.
     #[error("cannot compile {kernel} for {arch}: {log}")]
     Compile {

@@ -36,6 +36,19 @@ impl ExactCache {
         Ok(ExactCache { rows, kv_heads, dim, capacity, tokens: 0 })
     }
 
+    /// Room for so many tokens from now on.
+    pub(crate) fn grow(&mut self, device: &Device, capacity: usize) -> Result<(), CudaError> {
+        let mut all = ExactCache::new(device, self.kv_heads, self.dim, capacity.max(self.tokens))?;
+        let row = self.dim * 2;
+        for head in 0..2 * self.kv_heads {
+            let (from, to) = (head * self.capacity * row, head * all.capacity * row);
+            device.copy(&self.rows, from, &mut all.rows, to, self.tokens * row)?;
+        }
+        all.tokens = self.tokens;
+        *self = all;
+        Ok(())
+    }
+
     /// Appends `[tokens][kv_heads][dim]` f32, keys turned by `angles`.
     ///
     /// # Errors
@@ -57,6 +70,11 @@ impl ExactCache {
     }
 }
 
+/// Warps of a block of threads in kernels/exact.cu.
+fn warps(dim: usize, group: usize) -> usize {
+    if group * dim > 1024 { 4 } else { 8 }
+}
+
 /// Decode attention over an fp16 cache.
 pub struct ExactDecode {
     parts: Parts,
@@ -71,10 +89,19 @@ impl ExactDecode {
     /// Memory is short.
     pub fn new(device: &Device, cache: &ExactCache, heads: usize) -> Result<Self, CudaError> {
         let group = group_of(heads / cache.kv_heads);
-        let step = 256 / cache.dim * if group > 2 { 4 } else { 8 };
-        let steps = cache.tokens.div_ceil(step);
-        let splits = choose_splits(2 * device.info().processors, heads / group, steps, 8, 2.0);
-        Ok(ExactDecode { parts: Parts::new(device, heads, splits, cache.dim)?, group, heads })
+        let mut new = ExactDecode { parts: Parts::new(device, heads, 1, cache.dim)?, group, heads };
+        new.follow(device, cache, cache.tokens)?;
+        Ok(new)
+    }
+
+    /// Splits a history that will have so many tokens anew; for all layers of one shape.
+    pub(crate) fn follow(&mut self, device: &Device, cache: &ExactCache, tokens: usize) -> Result<(), CudaError> {
+        let step = 256 / cache.dim * if self.group > 2 { 4 } else { 8 };
+        let warps = warps(cache.dim, self.group);
+        let at_a_time = if self.group > 4 && warps > 4 { 1 } else { 2 };
+        let (steps, tasks) = (tokens.div_ceil(step), self.heads / self.group);
+        let splits = choose_splits(at_a_time * device.info().processors, tasks, steps, warps, 2.0);
+        self.parts.resize(device, splits)
     }
 
     /// Attention of one token: `q` and `out` `[heads][dim]` f32.
@@ -93,8 +120,9 @@ impl ExactDecode {
             numbers: [self.heads, cache.kv_heads, self.parts.splits, passes, cache.tokens, cache.capacity]
                 .map(|n| n as u32),
         };
+        let threads = 32 * warps(cache.dim, self.group);
         // SAFETY: the argument of `exact_decode`; it reads rows below `tokens` and writes the parts.
-        unsafe { device.launch_with(&f, [self.parts.splits, self.heads / self.group, 1], 256, 0, &args) }?;
+        unsafe { device.launch_with(&f, [self.parts.splits, self.heads / self.group, 1], threads, 0, &args) }?;
         self.parts.merge(device, out)
     }
 }

@@ -8,6 +8,7 @@ use cudarc::driver::DeviceRepr;
 use crate::CudaError;
 use crate::device::{Arg, Buffer, Device};
 use crate::modules::{Build, DecodeShape, Source, group_of};
+use crate::pool::RECORD_BYTES;
 pub use crate::pool::{History, Pool};
 pub use crate::tables::{BLOCK, Tables, Turns};
 
@@ -59,16 +60,32 @@ pub fn append(
     values: &Buffer,
     tokens: usize,
 ) -> Result<(), CudaError> {
+    append_from(device, tables, pool, history, [keys, values], 0, tokens)
+}
+
+/// [`append`] of the rows from `first_row` on.
+pub(crate) fn append_from(
+    device: &Device,
+    tables: &Tables,
+    pool: &mut Pool,
+    history: &mut History,
+    [keys, values]: [&Buffer; 2],
+    first_row: usize,
+    tokens: usize,
+) -> Result<(), CudaError> {
     let channels = tables.channels();
-    if tokens == 0 || tokens > pool.chunk || keys.bytes().min(values.bytes()) < tokens * channels * 4 {
+    let needed = (first_row + tokens) * channels * 4;
+    if tokens == 0 || tokens > pool.chunk || keys.bytes().min(values.bytes()) < needed {
         return Err(CudaError::Append { problem: "more tokens than the pool's chunk, or fewer rows than tokens" });
     }
+    let skipped = (first_row * channels * 4) as u64;
+    let (keys_at, values_at) = (keys.at() + skipped, values.at() + skipped);
     history.reserve(device, pool, tokens)?;
     let build = Build::append(tables.bits, tables.dim, channels);
     let ranges = device.function(&build, "ranges", 0)?;
     let append = device.function(&build, "append", 0)?;
     let args = [
-        Arg::Long(values.at()),
+        Arg::Long(values_at),
         Arg::Long(pool.ranges.at()),
         Arg::Word(tables.extremes as u32),
         Arg::Long(pool.status.at()),
@@ -78,8 +95,8 @@ pub fn append(
     let first = history.tokens;
     let args = AppendArgs {
         pointers: [
-            keys.at(),
-            values.at(),
+            keys_at,
+            values_at,
             pool.ranges.at(),
             tables.bounds.at(),
             tables.lower.at(),
@@ -228,6 +245,15 @@ impl Parts {
         })
     }
 
+    /// Room for so many splits from now on.
+    pub fn resize(&mut self, device: &Device, splits: usize) -> Result<(), CudaError> {
+        if self.sums.bytes() < self.rows * splits * 8 {
+            *self = Parts::new(device, self.rows, splits, self.dim)?;
+        }
+        self.splits = splits;
+        Ok(())
+    }
+
     pub fn merge(&self, device: &Device, out: &Buffer) -> Result<(), CudaError> {
         let f = device.function(&Build::plain(Source::Merge, self.dim), "merge", 0)?;
         let args =
@@ -251,10 +277,7 @@ pub(crate) fn choose_splits(at_once: usize, tasks: usize, steps: usize, warps: u
 /// Sequences that decode a token together.
 pub struct Batch {
     records: Buffer,
-    parts: Parts,
-    shape: DecodeShape,
-    sequences: usize,
-    heads: usize,
+    step: DecodeStep,
 }
 
 impl Batch {
@@ -270,31 +293,10 @@ impl Batch {
         histories: &[&History],
         heads: usize,
     ) -> Result<Self, CudaError> {
-        let group = group_of(heads / tables.kv_heads);
-        if heads == 0 || !heads.is_multiple_of(tables.kv_heads) || histories.is_empty() {
-            return Err(CudaError::Unsupported {
-                what: format!("{heads} query heads on {} KV heads", tables.kv_heads),
-                supported: "multiples of the KV heads, for at least one sequence",
-            });
-        }
-        let shape = DecodeShape::new(tables.bits, tables.dim, group, turns.fast, device.info().shared);
-        if shape.shared > device.info().shared {
-            return Err(CudaError::Unsupported {
-                what: format!("{} bits, head dimension {}, {group} query heads a KV head", tables.bits, tables.dim),
-                supported: "what fits the shared memory of the card",
-            });
-        }
         let records: Vec<u64> = histories.iter().flat_map(|h| h.record(pool)).collect();
-        let blocks = histories.iter().map(|h| h.numbers.len()).max().unwrap_or(0).max(1);
-        let tasks = heads / group * histories.len();
-        let splits = choose_splits(device.info().processors, tasks, blocks, shape.warps, 2.0);
-        Ok(Batch {
-            records: device.upload(&records)?,
-            parts: Parts::new(device, histories.len() * heads, splits, tables.dim)?,
-            shape,
-            sequences: histories.len(),
-            heads,
-        })
+        let mut step = DecodeStep::new(device, tables, turns.fast, heads, histories.len())?;
+        step.follow(device, histories.iter().map(|h| h.numbers.len()).max().unwrap_or(0))?;
+        Ok(Batch { records: device.upload(&records)?, step })
     }
 
     /// Attention of one query token a sequence: `q` `[sequences][heads][dim]` from `turn_queries`, `out` the same shape.
@@ -310,16 +312,72 @@ impl Batch {
         q: &Buffer,
         out: &Buffer,
     ) -> Result<(), CudaError> {
+        self.step.decode(device, tables, pool, turns, (&self.records, 0), q, out)
+    }
+}
+
+/// The kernel of a decode step and what it works in, for layers of one shape, one after the other.
+pub(crate) struct DecodeStep {
+    parts: Parts,
+    shape: DecodeShape,
+    sequences: usize,
+    heads: usize,
+}
+
+impl DecodeStep {
+    /// `fast` is the most of the layers' [`Turns::fast`].
+    pub fn new(
+        device: &Device,
+        tables: &Tables,
+        fast: usize,
+        heads: usize,
+        sequences: usize,
+    ) -> Result<Self, CudaError> {
+        if heads == 0 || !heads.is_multiple_of(tables.kv_heads) || sequences == 0 {
+            return Err(CudaError::Unsupported {
+                what: format!("{heads} query heads on {} KV heads", tables.kv_heads),
+                supported: "multiples of the KV heads, for at least one sequence",
+            });
+        }
+        let group = group_of(heads / tables.kv_heads);
+        let shape = DecodeShape::new(tables.bits, tables.dim, group, fast, device.info().shared);
+        if shape.shared > device.info().shared {
+            return Err(CudaError::Unsupported {
+                what: format!("{} bits, head dimension {}, {group} query heads a KV head", tables.bits, tables.dim),
+                supported: "what fits the shared memory of the card",
+            });
+        }
+        Ok(DecodeStep { parts: Parts::new(device, sequences * heads, 1, tables.dim)?, shape, sequences, heads })
+    }
+
+    /// Splits histories of so many blocks anew.
+    pub fn follow(&mut self, device: &Device, blocks: usize) -> Result<(), CudaError> {
+        let tasks = self.heads / self.shape.group * self.sequences;
+        let splits = choose_splits(device.info().processors, tasks, blocks.max(1), self.shape.warps, 2.0);
+        self.parts.resize(device, splits)
+    }
+
+    /// [`Batch::decode`] of the histories whose records lie in a buffer from a byte on.
+    pub fn decode(
+        &self,
+        device: &Device,
+        tables: &Tables,
+        pool: &Pool,
+        turns: &Turns,
+        (records, from): (&Buffer, usize),
+        q: &Buffer,
+        out: &Buffer,
+    ) -> Result<(), CudaError> {
         let floats = self.sequences * self.heads * tables.dim;
-        if q.bytes().min(out.bytes()) < floats * 4 {
-            return Err(CudaError::Append { problem: "fewer query rows than sequences" });
+        if q.bytes().min(out.bytes()) < floats * 4 || records.bytes() < from + self.sequences * RECORD_BYTES {
+            return Err(CudaError::Append { problem: "fewer query rows or records than sequences" });
         }
         let shape = self.shape;
         let f = device.function(&Build::decode(tables.bits, tables.dim, shape), "decode", shape.shared)?;
         let args = DecodeArgs {
             pointers: [
                 pool.blocks.at(),
-                self.records.at(),
+                records.at() + from as u64,
                 q.at(),
                 turns.origins.at(),
                 turns.turn.at(),

@@ -4,6 +4,8 @@
 //! nvrtc    CUDA C++ -> machine code of the card that is there
 //! modules  which kernels exist, compiled once and kept on disk
 //! device   a card: memory, launches, time
+//! blas     products of weights and activations, by cuBLASLt
+//! model    a model's forward pass on a card
 //! layer    a layer's quantizers, blocks and histories on a card; append, decode, prefill
 //! check    every kernel against the CPU, on random input
 //! bench    append, decode and prefill against an fp16 cache and the copy bandwidth
@@ -13,11 +15,13 @@
 //! starts anywhere. Unsafe code only calls them.
 
 pub mod bench;
+mod blas;
 pub mod check;
 pub mod device;
 mod error;
 mod exact;
 pub mod layer;
+pub mod model;
 pub mod modules;
 pub mod nvrtc;
 mod pool;

@@ -25,6 +25,8 @@ pub enum Source {
     Rows,
     /// Partial states to one.
     Merge,
+    /// What lies between the products of a forward pass.
+    Model,
     /// Copy, and random numbers.
     Copy,
 }
@@ -39,11 +41,13 @@ impl Source {
             Source::Exact => include_str!("../kernels/exact.cu"),
             Source::Rows => include_str!("../kernels/rows.cu"),
             Source::Merge => include_str!("../kernels/merge.cu"),
+            Source::Model => include_str!("../kernels/model.cu"),
             Source::Copy => include_str!("../kernels/copy.cu"),
         }
     }
 
-    fn name(self) -> &'static str {
+    /// The name of the file, without its ending.
+    pub fn name(self) -> &'static str {
         match self {
             Source::Append => "append",
             Source::Decode => "decode",
@@ -52,6 +56,7 @@ impl Source {
             Source::Exact => "exact",
             Source::Rows => "rows",
             Source::Merge => "merge",
+            Source::Model => "model",
             Source::Copy => "copy",
         }
     }
@@ -156,7 +161,7 @@ impl Build {
     pub fn all(shared: usize, channels: &[usize]) -> Vec<Build> {
         let mut all = vec![Self::plain(Source::Copy, 128)];
         for dim in [64, 128, 256] {
-            all.extend([Source::Prefill, Source::Rows, Source::Merge].map(|s| Self::plain(s, dim)));
+            all.extend([Source::Prefill, Source::Rows, Source::Merge, Source::Model].map(|s| Self::plain(s, dim)));
             all.extend((1..=8).map(|g| Self::exact(dim, g)));
             for bits in [2, 3, 4] {
                 all.push(Self::dense(bits, dim));
@@ -213,6 +218,8 @@ pub struct Resources {
     pub registers: usize,
     /// Bytes of registers spilled to memory.
     pub spilled: usize,
+    /// Bytes of shared memory whose size the text says.
+    pub shared: usize,
 }
 
 impl Resources {
@@ -223,6 +230,7 @@ impl Resources {
         for (i, pair) in words.windows(2).enumerate() {
             match pair {
                 ["Used", _] => r.registers = r.registers.max(number(i + 1)),
+                ["bytes", "smem"] | ["bytes", "smem,"] => r.shared = r.shared.max(number(i - i.min(1))),
                 ["spill", "stores,"] => r.spilled = r.spilled.max(number(i - i.min(2))),
                 _ => {}
             }
@@ -236,6 +244,7 @@ pub struct Modules {
     folder: PathBuf,
     nvrtc_folder: Option<PathBuf>,
     nvrtc: OnceLock<Nvrtc>,
+    tell: Option<Box<dyn Fn(&Build) + Send + Sync>>,
 }
 
 impl Modules {
@@ -246,7 +255,26 @@ impl Modules {
             let cache = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|h| h.join(".cache")));
             cache.unwrap_or_else(std::env::temp_dir).join("kvquant").join("cuda")
         });
-        Modules { folder, nvrtc_folder: nvrtc.map(Path::to_path_buf), nvrtc: OnceLock::new() }
+        Modules { folder, nvrtc_folder: nvrtc.map(Path::to_path_buf), nvrtc: OnceLock::new(), tell: None }
+    }
+
+    /// Tells of every kernel that has to be compiled before it is used, which takes a second or more.
+    pub fn telling(mut self, tell: impl Fn(&Build) + Send + Sync + 'static) -> Self {
+        self.tell = Some(Box::new(tell));
+        self
+    }
+
+    /// Whether the compiler can be loaded.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn find_compiler(&self) -> Result<(), CudaError> {
+        self.compiler().map(|_| ())
+    }
+
+    /// Where compiled kernels are kept.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     fn compiler(&self) -> Result<&Nvrtc, CudaError> {
@@ -280,7 +308,12 @@ impl Modules {
     pub fn get(&self, build: &Build, arch: &str) -> Result<Vec<u8>, CudaError> {
         match std::fs::read(self.folder.join(build.file(arch))) {
             Ok(code) if code.starts_with(b"\x7fELF") => Ok(code),
-            _ => Ok(self.compile(build, arch)?.0),
+            _ => {
+                if let Some(tell) = &self.tell {
+                    tell(build);
+                }
+                Ok(self.compile(build, arch)?.0)
+            }
         }
     }
 }
@@ -305,7 +338,7 @@ mod tests {
 
     #[test]
     fn the_report_of_the_assembler_is_read() {
-        let log = "ptxas info    : Function properties for decode\nptxas         .     48 bytes stack frame, 44 bytes spill stores, 44 bytes spill loads\nptxas info    : Used 128 registers, used 1 barriers";
-        assert_eq!(Resources::read(log), Resources { registers: 128, spilled: 44 });
+        let log = "ptxas info    : Function properties for decode\nptxas         .     48 bytes stack frame, 44 bytes spill stores, 44 bytes spill loads\nptxas info    : Used 128 registers, used 1 barriers, 4608 bytes smem";
+        assert_eq!(Resources::read(log), Resources { registers: 128, spilled: 44, shared: 4608 });
     }
 }

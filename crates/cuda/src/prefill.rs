@@ -34,7 +34,8 @@ struct Section<'a> {
     rows: &'a Buffer,
     keys: usize,
     capacity: usize,
-    visible: usize,
+    /// Keys that query 0 sees, each later one one more; negative where the first queries see none.
+    visible: isize,
 }
 
 impl Prefill {
@@ -51,19 +52,41 @@ impl Prefill {
         kv_heads: usize,
         dim: usize,
     ) -> Result<Self, CudaError> {
-        let rows = device.poisoned(queries * heads * dim * 2)?;
+        let mut new = Self::room(device, queries, heads, kv_heads, dim)?;
+        new.load(device, q, angles, queries)?;
+        Ok(new)
+    }
+
+    /// Room for so many queries, which [`load`](Prefill::load) brings.
+    pub(crate) fn room(
+        device: &Device,
+        queries: usize,
+        heads: usize,
+        kv_heads: usize,
+        dim: usize,
+    ) -> Result<Self, CudaError> {
+        let rows = queries * heads;
+        let [q, out, sums] = [rows * dim * 2, rows * dim * 4, rows * 8];
+        let (q, out, sums) = (device.poisoned(q)?, device.poisoned(out)?, device.poisoned(sums)?);
+        Ok(Prefill { q, out, sums, queries: 0, heads, kv_heads, dim, started: false })
+    }
+
+    /// Begins anew with other queries, as in [`new`](Prefill::new).
+    pub(crate) fn load(
+        &mut self,
+        device: &Device,
+        q: &Buffer,
+        angles: &Buffer,
+        queries: usize,
+    ) -> Result<(), CudaError> {
+        let (dim, heads) = (self.dim, self.heads);
+        if self.q.bytes() < queries * heads * dim * 2 {
+            return Err(CudaError::Append { problem: "more queries than there is room for" });
+        }
         let place = Rows { dim, heads, first: 0, capacity: queries };
-        store_rows(device, q, Some(angles), rows.at(), query_scale(dim), &place, queries)?;
-        Ok(Prefill {
-            q: rows,
-            out: device.poisoned(queries * heads * dim * 4)?,
-            sums: device.poisoned(queries * heads * 8)?,
-            queries,
-            heads,
-            kv_heads,
-            dim,
-            started: false,
-        })
+        store_rows(device, q, Some(angles), self.q.at(), query_scale(dim), &place, queries)?;
+        (self.queries, self.started) = (queries, false);
+        Ok(())
     }
 
     /// Forgets the states.
@@ -81,7 +104,8 @@ impl Prefill {
             return Err(CudaError::Append { problem: "fewer rows than keys" });
         }
         // Queries, and keys and values twice.
-        let shared = (128 + 4 * 64) * self.dim * 2;
+        let keys = if self.dim > 128 { 32 } else { 64 };
+        let shared = (128 + 4 * keys) * self.dim * 2;
         let f = device.function(&Build::plain(Source::Prefill, self.dim), "prefill", shared)?;
         let n = |x: usize| x as u32;
         let args = PrefillArgs {
@@ -93,7 +117,8 @@ impl Prefill {
                 n(s.capacity),
                 n(self.heads / self.kv_heads),
                 n(self.kv_heads),
-                n(s.visible),
+                // Beyond either end it means all or none.
+                s.visible.clamp(-(1 << 30), 1 << 30) as i32 as u32,
                 !self.started as u32,
                 last as u32,
             ],
@@ -115,7 +140,7 @@ impl Prefill {
         causal: bool,
         last: bool,
     ) -> Result<(), CudaError> {
-        let visible = if causal { (cache.tokens + 1).saturating_sub(self.queries) } else { cache.tokens };
+        let visible = if causal { cache.tokens as isize + 1 - self.queries as isize } else { cache.tokens as isize };
         let s = Section { rows: &cache.rows, keys: cache.tokens, capacity: cache.capacity, visible };
         self.section(device, &s, last)
     }
@@ -135,10 +160,28 @@ impl Prefill {
         blocks: usize,
         last: bool,
     ) -> Result<(), CudaError> {
+        let all = history.exact().1 + history.coded();
+        self.attend_seen(device, tables, pool, history, turns, rows, blocks, all, last)
+    }
+
+    /// [`attend_coded`](Prefill::attend_coded) where query 0 sees the first `seen` tokens of the history, and each later one
+    /// sees one more: with the queries' own tokens in the history.
+    pub(crate) fn attend_seen(
+        &mut self,
+        device: &Device,
+        tables: &Tables,
+        pool: &Pool,
+        history: &History,
+        turns: &Turns,
+        rows: &Buffer,
+        blocks: usize,
+        seen: usize,
+        last: bool,
+    ) -> Result<(), CudaError> {
         let (exact, exact_rows, exact_capacity) = history.exact();
         let tokens = history.coded();
         if exact_rows > 0 {
-            let s = Section { rows: exact, keys: exact_rows, capacity: exact_capacity, visible: exact_rows };
+            let s = Section { rows: exact, keys: exact_rows, capacity: exact_capacity, visible: seen as isize };
             self.section(device, &s, last && tokens == 0)?;
         }
         let all = tokens.div_ceil(BLOCK);
@@ -146,7 +189,8 @@ impl Prefill {
             let n = blocks.min(all - first);
             dense(device, tables, pool, history, turns, DenseOut::Halves(rows), first, n, blocks * BLOCK)?;
             let keys = (tokens - first * BLOCK).min(n * BLOCK);
-            let s = Section { rows, keys, capacity: blocks * BLOCK, visible: keys };
+            let visible = seen as isize - (exact_rows + first * BLOCK) as isize;
+            let s = Section { rows, keys, capacity: blocks * BLOCK, visible };
             self.section(device, &s, last && first + n == all)?;
         }
         Ok(())

@@ -6,7 +6,7 @@
 //! model repeat themselves, which raises it; compare caches, not models.
 
 use kvquant_cache::Prefill;
-use kvquant_model::{Logits, Model};
+use kvquant_model::{Engine, Logits, Model};
 use kvquant_quant::Spec;
 use serde::{Deserialize, Serialize};
 
@@ -71,6 +71,23 @@ pub fn agree(
     ends: &[u32],
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Generation, EvalError> {
+    agree_on(model, model, ids, candidates, options, tokens, ends, progress)
+}
+
+/// [`agree`] with sequences on what `engine` is, a device that holds the same model.
+///
+/// # Errors
+/// As [`agree`]; the device does not support a cache.
+pub fn agree_on(
+    engine: &dyn Engine,
+    model: &Model,
+    ids: &[u32],
+    candidates: &[Candidate<'_>],
+    options: &EvalOptions,
+    tokens: usize,
+    ends: &[u32],
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Generation, EvalError> {
     let prompt_tokens = options.ctx / 2;
     let context = model.config.context;
     if tokens == 0 || prompt_tokens.saturating_add(tokens) > context {
@@ -88,13 +105,13 @@ pub fn agree(
         progress(done, total);
     };
     for prompt in &prompts {
-        let want = greedy(model, &fp16, prompt, tokens, ends, options.prefill)?;
+        let want = greedy(engine, model, &fp16, prompt, tokens, ends, options.prefill)?;
         step();
         for (candidate, result) in candidates.iter().zip(&mut results) {
             let got = if candidate.is_reference() {
                 want.clone()
             } else {
-                greedy(model, candidate, prompt, tokens, ends, options.prefill)?
+                greedy(engine, model, candidate, prompt, tokens, ends, options.prefill)?
             };
             let equal = want.iter().zip(&got).take_while(|(a, b)| a == b).count() as f64;
             result.first_divergence += equal / n;
@@ -108,6 +125,7 @@ pub fn agree(
 
 /// The most likely tokens after a prompt, at least one, the last one that of an end where it came to one.
 fn greedy(
+    engine: &dyn Engine,
     model: &Model,
     candidate: &Candidate<'_>,
     prompt: &[u32],
@@ -115,20 +133,17 @@ fn greedy(
     ends: &[u32],
     prefill: Prefill,
 ) -> Result<Vec<u32>, EvalError> {
-    let mut sequence = candidate.sequence(model, prefill)?;
-    let mut logits = Vec::new();
+    let mut sequence = candidate.sequence(model, engine, prefill)?;
+    let mut next = 0;
     for chunk in prompt.chunks(CHUNK) {
-        logits = sequence.run(chunk, Logits::Last, prefill)?;
+        next = best(sequence.run(chunk, Logits::Last, prefill)?) as u32;
     }
-    let mut all = Vec::new();
-    loop {
-        let id = best(&logits) as u32;
-        all.push(id);
-        if all.len() == tokens || ends.contains(&id) {
-            return Ok(all);
-        }
-        logits = sequence.run(&[id], Logits::Last, prefill)?;
+    let mut all = vec![next];
+    while all.len() < tokens && !ends.contains(&next) {
+        next = best(sequence.run(&[next], Logits::Last, prefill)?) as u32;
+        all.push(next);
     }
+    Ok(all)
 }
 
 /// 2 |longest common subsequence| / (|a| + |b|); 1 for equal texts, 0 for texts without a common token.

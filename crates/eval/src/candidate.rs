@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use kvquant_cache::{Cache, Prefill};
+use kvquant_model::sequence::{Engine, Sequence as Run, Size as Held};
 use kvquant_model::{Logits, Model, Step};
 use kvquant_quant::{Fit, Quantizer, Spec, SpecError};
 
@@ -79,47 +80,58 @@ impl Candidate<'_> {
         self.format.spec().and_then(fit).map_or(0, Fit::file_bytes)
     }
 
-    /// An empty sequence.
+    /// An empty sequence on what runs the model.
     ///
     /// # Errors
     /// The model refuses the cache, or the format can't be simulated.
-    pub(crate) fn sequence<'m>(&self, model: &'m Model, prefill: Prefill) -> Result<Sequence<'m>, EvalError> {
-        let (cache, kind) = match &self.format {
-            Format::Cache(spec) => (model.new_cache(spec, self.quantizer)?, Kind::Cache),
-            Format::Simulated(how) => {
-                let refused = |problem| Err(EvalError::Simulated { name: how.to_string(), problem });
-                if prefill == Prefill::Exact {
-                    return refused("needs --prefill quantized");
-                }
-                let cache = model.new_cache(&Spec::Fp16, None)?;
-                match *how {
-                    Simulation::Kivi { .. } if model.attention.iter().any(|a| a.window.is_some()) => {
-                        return refused("does not support models whose layers have a sliding window");
-                    }
-                    Simulation::Kivi { bits } => {
-                        (cache, Kind::Kivi(*how, Box::new(Kivi::new(bits, model.config.layers))))
-                    }
-                    how => (cache, Kind::Tokens(how, TokenFormat::new(how, model.config.head_dim))),
-                }
-            }
+    pub(crate) fn sequence<'m>(
+        &self,
+        model: &'m Model,
+        engine: &'m dyn Engine,
+        prefill: Prefill,
+    ) -> Result<Sequence<'m>, EvalError> {
+        let how = match &self.format {
+            Format::Cache(spec) => return Ok(Sequence::Own(engine.sequence(spec, self.quantizer)?)),
+            Format::Simulated(how) => how,
         };
-        Ok(Sequence { model, cache, kind })
+        let refused = |problem| Err(EvalError::Simulated { name: how.to_string(), problem });
+        if prefill == Prefill::Exact {
+            return refused("needs --prefill quantized");
+        }
+        if engine.is_device() {
+            return refused("runs on the CPU only (--device cpu)");
+        }
+        let cache = model.new_cache(&Spec::Fp16, None)?;
+        let kind = match *how {
+            Simulation::Kivi { .. } if model.attention.iter().any(|a| a.window.is_some()) => {
+                return refused("does not support models whose layers have a sliding window");
+            }
+            Simulation::Kivi { bits } => Kind::Kivi(*how, Box::new(Kivi::new(bits, model.config.layers))),
+            how => Kind::Tokens(how, TokenFormat::new(how, model.config.head_dim)),
+        };
+        Ok(Sequence::Simulated(Box::new(Simulated { model, cache, kind, logits: Vec::new() })))
     }
 }
 
 #[derive(Debug)]
 enum Kind {
-    Cache,
     Tokens(Simulation, TokenFormat),
     Kivi(Simulation, Box<Kivi>),
 }
 
 /// A sequence's tokens in the cache that is measured.
+pub(crate) enum Sequence<'m> {
+    Own(Box<dyn Run + 'm>),
+    Simulated(Box<Simulated<'m>>),
+}
+
+/// Another program's format, in an fp16 cache on this CPU.
 #[derive(Debug)]
-pub(crate) struct Sequence<'m> {
+pub(crate) struct Simulated<'m> {
     model: &'m Model,
     cache: Cache,
     kind: Kind,
+    logits: Vec<f32>,
 }
 
 /// What a sequence takes.
@@ -135,30 +147,47 @@ impl Sequence<'_> {
     ///
     /// # Errors
     /// The model or the cache refused.
-    pub fn run(&mut self, tokens: &[u32], logits: Logits, prefill: Prefill) -> Result<Vec<f32>, EvalError> {
+    pub fn run(&mut self, tokens: &[u32], logits: Logits, prefill: Prefill) -> Result<&[f32], EvalError> {
+        match self {
+            Sequence::Own(s) => Ok(s.run(tokens, logits, prefill)?),
+            Sequence::Simulated(s) => s.run(tokens, logits, prefill),
+        }
+    }
+
+    /// # Errors
+    /// A device fails.
+    pub fn size(&self) -> Result<Size, EvalError> {
+        match self {
+            Sequence::Own(s) => {
+                let Held { bytes, bits_per_element, bits_at_infinity } = s.size()?;
+                Ok(Size { bits: bits_per_element, at_infinity: bits_at_infinity, bytes: bytes as f64 })
+            }
+            Sequence::Simulated(s) => Ok(s.size()),
+        }
+    }
+}
+
+impl Simulated<'_> {
+    fn run(&mut self, tokens: &[u32], logits: Logits, prefill: Prefill) -> Result<&[f32], EvalError> {
         let (model, start) = (self.model, self.cache.len());
         let mut step = [Step { tokens, cache: &mut self.cache, logits }];
-        Ok(match &mut self.kind {
-            Kind::Cache => model.forward(&mut step, prefill)?,
+        self.logits = match &mut self.kind {
             Kind::Tokens(_, format) => model.forward_watched(&mut step, prefill, &mut |layer, k, v| {
                 format.replace(model, layer, start, k, v);
             })?,
             Kind::Kivi(_, history) => history.run(model, &mut self.cache, tokens, logits)?,
-        })
+        };
+        Ok(&self.logits)
     }
 
-    pub fn size(&self) -> Size {
+    fn size(&self) -> Size {
         let (cache, d) = (&self.cache, self.model.config.head_dim);
         let (bits, bytes) = (cache.bits_per_element(), cache.bytes().total() as f64);
-        match self.kind {
-            Kind::Cache => Size { bits, at_infinity: cache.bits_at_infinity(), bytes },
-            Kind::Tokens(how, _) | Kind::Kivi(how, _) => {
-                let simulated = how.bits(d, cache.len());
-                // As many elements as the cache holds in its stead.
-                let bytes = if bits > 0.0 { bytes / bits * simulated } else { 0.0 };
-                Size { bits: simulated, at_infinity: Some(how.bits_at_infinity(d)), bytes }
-            }
-        }
+        let (Kind::Tokens(how, _) | Kind::Kivi(how, _)) = self.kind;
+        let simulated = how.bits(d, cache.len());
+        // As many elements as the cache holds in its stead.
+        let bytes = if bits > 0.0 { bytes / bits * simulated } else { 0.0 };
+        Size { bits: simulated, at_infinity: Some(how.bits_at_infinity(d)), bytes }
     }
 }
 

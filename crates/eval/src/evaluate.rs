@@ -1,7 +1,7 @@
 //! Windows of a text through several caches at once.
 
 use kvquant_cache::Prefill;
-use kvquant_model::{ForwardError, Logits, Model};
+use kvquant_model::{Engine, ForwardError, Logits, Model};
 use kvquant_quant::Spec;
 
 use crate::candidate::{Candidate, Format};
@@ -97,6 +97,23 @@ pub fn evaluate(
     options: &EvalOptions,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Report, EvalError> {
+    evaluate_on(model, model, model_name, ids, text_name, candidates, options, progress)
+}
+
+/// [`evaluate`] with sequences on what `engine` is, a device that holds the same model.
+///
+/// # Errors
+/// As [`evaluate`]; the device does not support a cache.
+pub fn evaluate_on(
+    engine: &dyn Engine,
+    model: &Model,
+    model_name: &str,
+    ids: &[u32],
+    text_name: &str,
+    candidates: &[Candidate<'_>],
+    options: &EvalOptions,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Report, EvalError> {
     let EvalOptions { ctx, windows, prefill, .. } = *options;
     let chunk = if prefill == Prefill::Exact { EXACT_CHUNK } else { CHUNK };
     let vocab = model.config.vocab;
@@ -106,13 +123,14 @@ pub fn evaluate(
     let fp16 = Candidate { name: String::new(), format: Format::Cache(Spec::Fp16), quantizer: None };
     let mut done = 0;
     for window in self::windows(model, ids, options)? {
-        let mut reference = fp16.sequence(model, prefill)?;
-        let mut sequences = candidates.iter().map(|c| c.sequence(model, prefill)).collect::<Result<Vec<_>, _>>()?;
+        let mut reference = fp16.sequence(model, engine, prefill)?;
+        let mut sequences =
+            candidates.iter().map(|c| c.sequence(model, engine, prefill)).collect::<Result<Vec<_>, _>>()?;
         let mut at = 0;
         for tokens in window.chunks(chunk) {
             let exact = reference.run(tokens, Logits::All, prefill)?;
             let next: Vec<Option<u32>> = (at + 1..=at + tokens.len()).map(|i| window.get(i).copied()).collect();
-            let own = score(&exact, &exact, vocab, &next);
+            let own = score(exact, exact, vocab, &next);
             for ((sequence, scores), candidate) in sequences.iter_mut().zip(&mut scores).zip(candidates) {
                 if candidate.is_reference() {
                     // It is the reference itself: KL divergence 0, not a second run's rounding.
@@ -120,7 +138,7 @@ pub fn evaluate(
                     continue;
                 }
                 let logits = sequence.run(tokens, Logits::All, prefill)?;
-                scores.extend(score(&logits, &exact, vocab, &next));
+                scores.extend(score(logits, exact, vocab, &next));
             }
             reference_scores.extend(own);
             at += tokens.len();
@@ -128,7 +146,7 @@ pub fn evaluate(
             progress(done, windows * ctx);
         }
         for ((size, sequence), candidate) in sizes.iter_mut().zip(&sequences).zip(candidates) {
-            let of = if candidate.is_reference() { reference.size() } else { sequence.size() };
+            let of = if candidate.is_reference() { reference.size()? } else { sequence.size()? };
             size.bits += of.bits / windows as f64;
             size.at_infinity.extend(of.at_infinity);
             size.bytes_per_token += of.bytes / ctx as f64 / windows as f64;

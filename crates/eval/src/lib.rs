@@ -15,8 +15,8 @@ pub mod retrieval;
 mod score;
 mod simulated;
 
-pub use agreement::{Agreement, Generation, agree};
+pub use agreement::{Agreement, Generation, agree, agree_on};
 pub use candidate::{Candidate, Format, FormatError};
-pub use evaluate::{EvalError, EvalOptions, evaluate};
+pub use evaluate::{EvalError, EvalOptions, evaluate, evaluate_on};
 pub use report::{EvalResult, Report, table};
 pub use simulated::{Simulation, SimulationError};

@@ -59,6 +59,9 @@ pub enum ForwardError {
     /// Sampling failed.
     #[error(transparent)]
     Sampling(#[from] crate::sampling::SamplingError),
+    /// A device that the model runs on failed, or does not do what is asked for.
+    #[error(transparent)]
+    Device(Box<dyn std::error::Error + Send + Sync>),
     /// The tokenizer failed.
     #[error(transparent)]
     Tokenizer(#[from] crate::tokenizer::TokenizerError),

@@ -4,11 +4,11 @@ use std::time::Instant;
 
 use kvquant_cache::{Cache, Prefill};
 
-use crate::forward::{ForwardError, Logits, Model, Step};
+use crate::forward::{ForwardError, Logits, Model};
 use crate::sampling::Sampler;
+use crate::sequence::{OnCpu, Sequence};
 use crate::stream::TextStream;
 use crate::tokenizer::Tokenizer;
-use crate::workspace::Workspace;
 
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -98,12 +98,27 @@ pub fn generate(
     options: &GenerateOptions,
     on_event: &mut dyn FnMut(Event<'_>) -> bool,
 ) -> Result<Outcome, ForwardError> {
-    let context = options.context.min(model.config.context);
+    generate_on(&mut OnCpu::new(model, cache), tokenizer, prompt, sampler, options, on_event)
+}
+
+/// [`generate`] after the history of any sequence.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_on(
+    sequence: &mut dyn Sequence,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    options: &GenerateOptions,
+    on_event: &mut dyn FnMut(Event<'_>) -> bool,
+) -> Result<Outcome, ForwardError> {
+    let context = options.context.min(sequence.context());
     if prompt.is_empty() {
         return Err(ForwardError::Empty);
     }
-    if cache.len() + prompt.len() > context {
-        return Err(ForwardError::ContextFull { stored: cache.len(), new: prompt.len(), context });
+    if sequence.len() + prompt.len() > context {
+        return Err(ForwardError::ContextFull { stored: sequence.len(), new: prompt.len(), context });
     }
     let start = Instant::now();
     let mut outcome = Outcome {
@@ -114,12 +129,11 @@ pub fn generate(
         prefill_seconds: 0.0,
         decode_seconds: 0.0,
     };
-    let mut work = Workspace::new();
     let mut done = 0;
     for chunk in prompt.chunks(options.prefill_chunk.max(1)) {
         let last = done + chunk.len() == prompt.len();
         let wanted = if last { Logits::Last } else { Logits::None };
-        model.forward_in(&mut work, &mut [Step { tokens: chunk, cache, logits: wanted }], options.prefill)?;
+        sequence.run(chunk, wanted, options.prefill)?;
         done += chunk.len();
         if !on_event(Event::Prefill { done, total: prompt.len() }) {
             outcome.prefill_seconds = start.elapsed().as_secs_f64();
@@ -133,7 +147,7 @@ pub fn generate(
         if outcome.tokens.len() == options.max_tokens {
             break StopReason::MaxTokens;
         }
-        let id = sampler.sample(work.logits())?;
+        let id = sampler.sample(sequence.logits())?;
         outcome.tokens.push(id);
         if tokenizer.end_of_turn().contains(&id) {
             break StopReason::EndOfTurn;
@@ -148,10 +162,10 @@ pub fn generate(
         if outcome.tokens.len() == options.max_tokens {
             break StopReason::MaxTokens;
         }
-        if cache.len() >= context {
+        if sequence.len() >= context {
             break StopReason::ContextFull;
         }
-        model.forward_in(&mut work, &mut [Step { tokens: &[id], cache, logits: Logits::Last }], options.prefill)?;
+        sequence.run(&[id], Logits::Last, options.prefill)?;
     };
     let rest = stream.ready(true);
     if !rest.is_empty() {

@@ -6,6 +6,7 @@
 //! tokenizer  text <-> ids                                template   chat messages -> prompt text
 //! load       files -> Model                              forward    ids -> logits, filling a cache
 //! sampling   logits -> next id                           generate   prompt -> streamed text
+//! sequence   tokens after a history, on this CPU or on a device
 //! stream     tokens' bytes -> text to show               identity   which weights these are
 //! pull       known models by name
 //! ```
@@ -19,6 +20,7 @@ mod identity;
 mod load;
 pub mod pull;
 pub mod sampling;
+pub mod sequence;
 pub mod source;
 pub mod stream;
 pub mod template;
@@ -29,6 +31,7 @@ pub use config::Config;
 pub use forward::{ForwardError, Layer, Logits, Model, Step};
 pub use gguf::Gguf;
 pub use kvquant_kernels::weights::Activations;
+pub use sequence::{Engine, Sequence};
 pub use source::Source;
 pub use template::ChatTemplate;
 pub use tokenizer::Tokenizer;
