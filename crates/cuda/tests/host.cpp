@@ -17,14 +17,8 @@ template <class T> std::vector<T> input() {
 }
 template <class T> void output(T x) { fwrite(&x, sizeof x, 1, stdout); }
 
-// Layouts may tell sides apart where they read a code, or by the spot alone.
-template <class S> auto read_code(const u8* unit, u32 side, S s, int) -> decltype(get_code(unit, side, s)) {
-  return get_code(unit, side, s);
-}
-template <class S> auto read_code(const u8* unit, u32, S s, long) -> decltype(get_code(unit, s)) { return get_code(unit, s); }
-
 static u32 code_at(const u8* unit, u32 side, u32 channel, u32 token) {
-  return read_code(unit, side, side ? value_spot(channel, token) : key_spot(channel, token), 0);
+  return get_code(unit, side, side ? value_spot(channel, token) : key_spot(channel, token));
 }
 
 // Which code, and which of its bits, each bit of a unit holds: channel, token, weight; for both sides.
@@ -41,6 +35,25 @@ static void bits() {
       if (found != 1) failures++;
       for (u32 w : where) output(w);
     }
+}
+
+// Codes [side][channel][token] to units.
+static void encode() {
+  auto codes = input<u8>();
+  codes.resize(2 * DIM * 64);
+  for (u32 side = 0; side < 2; side++) {
+    alignas(16) static u8 unit[UNIT_BYTES];
+    memset(unit, 0, sizeof unit);
+    for (u32 c = 0; c < DIM; c++)
+      for (u32 t = 0; t < 64; t++) {
+        const Spot s = side ? value_spot(c, t) : key_spot(c, t);
+        u32 w[BITS];
+        for (u32 i = 0; i < BITS; i++) memcpy(w + i, unit + word_byte(s.lane, s.tile / 2 * BITS + i), 4);
+        put_code(w, side, s.tile % 2, s.n, codes[(side * DIM + c) * 64 + t]);
+        for (u32 i = 0; i < BITS; i++) memcpy(unit + word_byte(s.lane, s.tile / 2 * BITS + i), w + i, 4);
+      }
+    for (u8 byte : unit) output(byte);
+  }
 }
 
 // Units to codes [side][channel][token].
@@ -99,7 +112,7 @@ int main(int argc, char** argv) {
   const struct {
     const char* name;
     void (*run)();
-  } all[] = {{"bits", bits}, {"decode", decode}, {"outliers", outliers}, {"codes", codes},
+  } all[] = {{"bits", bits}, {"encode", encode}, {"decode", decode}, {"outliers", outliers}, {"codes", codes},
              {"turn", turn}, {"merge", merge},   {"ranks", ranks}};
   for (auto& f : all)
     if (argc == 2 && !strcmp(argv[1], f.name)) return f.run(), failures ? 2 : 0;

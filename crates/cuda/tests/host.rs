@@ -104,6 +104,7 @@ fn a_unit_holds_every_code_once_and_nothing_else() {
             units[bit / 8] |= ((code as u32 & weight != 0) as u8) << (bit % 8);
         }
         assert_eq!(host.run::<u8, u8>("decode", &units), codes);
+        assert!(host.run::<u8, u8>("encode", &codes) == units, "codes are put where they are read");
     });
 }
 
