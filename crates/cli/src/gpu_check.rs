@@ -1,5 +1,6 @@
 //! `kvquant gpu-check`
 
+mod count;
 mod model;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,7 +27,7 @@ const QUERIES: usize = 1024;
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  kvquant gpu-check --out results\n  kvquant gpu-check --only check\n  kvquant gpu-check --only copy,decode --tokens 131072 --shapes llama2-7b --bits 16,3\n  kvquant gpu-check --compile sm_80,sm_90a --modules kernels     (needs no GPU)"
+    after_help = "Examples:\n  kvquant gpu-check --out results\n  kvquant gpu-check --only check\n  kvquant gpu-check --only copy,decode --tokens 131072 --shapes llama2-7b --bits 16,3\n  kvquant gpu-check --compile sm_80,sm_90a --modules kernels     (needs no GPU)\n  kvquant gpu-check --count"
 )]
 pub struct Args {
     /// Which GPU
@@ -59,7 +60,8 @@ pub struct Args {
     /// Folder of compiled kernels [default: the user's cache]
     #[arg(long, value_name = "DIR")]
     modules: Option<PathBuf>,
-    /// Only compile every kernel for these architectures, into the folder of compiled kernels, and report registers
+    /// Only compile every kernel for these architectures, into the folder of compiled kernels, and report registers, shared
+    /// memory and spills; what the folder has already is reported again
     #[arg(long, value_delimiter = ',', value_name = "ARCH")]
     compile: Vec<String>,
     /// With --compile: only these files of kernels
@@ -68,6 +70,9 @@ pub struct Args {
     /// With --compile: fail if registers are spilled
     #[arg(long, requires = "compile")]
     no_spills: bool,
+    /// Only print what the kernels must move and compute, and what that takes at least; needs no GPU
+    #[arg(long, conflicts_with = "compile")]
+    count: bool,
     /// Folder for gpu-check.json
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -89,6 +94,10 @@ enum Part {
 }
 
 pub fn run(args: Args) -> Result<()> {
+    if args.count {
+        count::run();
+        return Ok(());
+    }
     let modules = Modules::new(args.modules.as_deref(), args.nvrtc.as_deref());
     if !args.compile.is_empty() {
         return compile(&args, &modules);
@@ -292,7 +301,7 @@ fn compile(args: &Args, modules: &Modules) -> Result<()> {
         let builds: Vec<Build> = all.into_iter().filter(asked).collect();
         // A few at a time, so that the report goes on while others compile.
         for some in builds.chunks(2 * rayon::current_num_threads()) {
-            let made: Vec<_> = some.par_iter().map(|b| modules.compile(b, arch)).collect();
+            let made: Vec<_> = some.par_iter().map(|b| modules.compile_once(b, arch)).collect();
             for (build, made) in some.iter().zip(made) {
                 let (code, r) = made?;
                 say!(

@@ -297,8 +297,22 @@ impl Modules {
         let path = self.folder.join(build.file(arch));
         let io = |operation, path: &Path, source| CudaError::Io { path: path.to_path_buf(), operation, source };
         std::fs::create_dir_all(&self.folder).map_err(|e| io("make the folder", &self.folder, e))?;
+        let report = path.with_extension("log");
+        kvquant_quant::write_whole(&report, made.log.as_bytes()).map_err(|e| io("write", &report, e))?;
         kvquant_quant::write_whole(&path, &made.cubin).map_err(|e| io("write", &path, e))?;
         Ok((made.cubin, Resources::read(&made.log)))
+    }
+
+    /// [`compile`](Modules::compile), unless the folder has the same build and its report.
+    ///
+    /// # Errors
+    /// As for `compile`.
+    pub fn compile_once(&self, build: &Build, arch: &str) -> Result<(Vec<u8>, Resources), CudaError> {
+        let path = self.folder.join(build.file(arch));
+        match (std::fs::read(&path), std::fs::read_to_string(path.with_extension("log"))) {
+            (Ok(code), Ok(log)) if code.starts_with(b"\x7fELF") => Ok((code, Resources::read(&log))),
+            _ => self.compile(build, arch),
+        }
     }
 
     /// The machine code of a build.
