@@ -239,12 +239,15 @@ impl Resources {
     }
 }
 
+/// Hears of a build that has to be compiled.
+type Tell = Box<dyn Fn(&Build) + Send + Sync>;
+
 /// Folders of compiled kernels, and the compiler.
 pub struct Modules {
     folder: PathBuf,
     nvrtc_folder: Option<PathBuf>,
     nvrtc: OnceLock<Nvrtc>,
-    tell: Option<Box<dyn Fn(&Build) + Send + Sync>>,
+    tell: Option<Tell>,
 }
 
 impl Modules {

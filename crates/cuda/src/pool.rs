@@ -169,8 +169,7 @@ impl History {
 
     /// Bytes beside the blocks: exact rows, and the outliers of a block that is not full.
     pub(crate) fn fixed_bytes(&self) -> usize {
-        let exact =
-            if self.exact_capacity > 0 { self.exact.bytes() / self.exact_capacity * self.exact_rows } else { 0 };
+        let exact = self.exact.bytes().checked_div(self.exact_capacity).unwrap_or(0) * self.exact_rows;
         exact + if self.tokens.is_multiple_of(BLOCK) { 0 } else { self.open.bytes() }
     }
 

@@ -61,7 +61,8 @@ pub fn run() {
     let floor = |c: &Card, bytes: f64, operations: f64| (bytes / c.bytes).max(operations / c.operations);
     let row = |cells: Vec<String>| say!("| {} |", cells.join(" | "));
     let head = |cells: &[&str]| {
-        row(cells.iter().map(|c| c.to_string()).collect());
+        // A star marks a column of numbers.
+        row(cells.iter().map(|c| c.trim_matches('*').to_string()).collect());
         row(cells
             .iter()
             .map(|c| if c.starts_with(char::is_alphabetic) { "---" } else { "---:" }.to_string())
