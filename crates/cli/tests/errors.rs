@@ -70,6 +70,27 @@ fn specs_prompts_and_texts() {
 }
 
 #[test]
+fn what_a_gpu_does_not_do_is_refused_before_it_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = path(folder.path(), "text.txt", "One word after another, and then some more. ".repeat(20).as_bytes());
+    let m = "smollm2-135m";
+    refused(&["generate", m, "-p", "x", "--device", "gpu"], 2, &["cpu", "cuda:N", "auto"]);
+    let supported = "nuq, int and nf of 2 to 4 bits";
+    for (kv, what) in [("mix3+sink1", "mixed widths"), ("nuq3-1%+online", "+online"), ("int4-g32+recent32", "+recent")]
+    {
+        refused(&["generate", m, "-p", "x", "--kv", kv, "--device", "cuda:0"], 2, &[what, supported]);
+    }
+    let eval = ["eval", m, "--text", &text, "--windows", "1", "--ctx", "64", "--device", "cuda:0"];
+    refused(&[&eval[..], &["--kv", "sim:q8_0"]].concat(), 2, &["sim:q8_0", "--device cpu"]);
+    refused(&[&eval[..], &["--kv", "fp16,mix3+sink1"]].concat(), 2, &["mixed widths", supported]);
+    // A card that no machine has: either no driver, or no such card.
+    refused(&["generate", m, "-p", "x", "--kv", "fp16", "--device", "cuda:4096"], 2, &["no "]);
+    let report = kvquant(&["inspect", "--gpu", "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&report.stdout).unwrap();
+    assert!(report["gpus"].is_array() && report["cublaslt"].is_string());
+}
+
+#[test]
 fn quantizers_that_are_broken_or_of_another_model() {
     let folder = tempfile::tempdir().unwrap();
     let garbage = path(folder.path(), "garbage.safetensors", &[7; 300]);
