@@ -11,18 +11,9 @@ struct Range {
   u32 scale;  // fp16 scale | fp16 zero << 16
 };
 
-#define RANGE_THREADS 256
+// Threads that look for a token's range.
+#define RANGE_THREADS (CHANNELS >= 4096 ? 1024 : CHANNELS >= 2048 || DIM == 256 ? 512 : 256)
 #define EACH ((CHANNELS + RANGE_THREADS - 1) / RANGE_THREADS)
-
-// Sums over the block, for two counts at once; `turn` alternates so that one barrier is enough.
-FN uint2 block_sum(u32 a, u32 b, uint2 (*parts)[RANGE_THREADS / 32], u32 turn) {
-  a = __reduce_add_sync(WARP, a), b = __reduce_add_sync(WARP, b);
-  if (lane_id() == 0) parts[turn][threadIdx.x / 32] = make_uint2(a, b);
-  __syncthreads();
-  uint2 s = make_uint2(0, 0);
-  for (int i = 0; i < RANGE_THREADS / 32; i++) s.x += parts[turn][i].x, s.y += parts[turn][i].y;
-  return s;
-}
 
 // The channel of the n-th entry (from 1) that a thread flags, in order of channels; -1 for n = 0.
 FN int nth_flagged(u32 flags, u32 n, u32* shared, int* found) {
@@ -48,13 +39,16 @@ FN int nth_flagged(u32 flags, u32 n, u32* shared, int* found) {
   return at;
 }
 
-extern "C" __global__ void __launch_bounds__(RANGE_THREADS) ranges(const float* values, Range* out, u32 extremes, u32* status) {
+// The range of a token's values x, by all threads of a block.
+FN Range find_range(const float* x, u32 extremes, u32* status) {
   static_assert(EACH <= 32, "flags of a thread fit a word");
-  __shared__ uint2 parts[2][RANGE_THREADS / 32];
-  __shared__ u32 counts[RANGE_THREADS / 32];
+  __shared__ u32 counts[2][256];
+  __shared__ uint2 chosen[2];
+  __shared__ u32 twice;
   __shared__ float ends[2][RANGE_THREADS / 32];
   __shared__ int found;
-  const float* x = values + (u64)blockIdx.x * CHANNELS;
+  __shared__ Range result;
+  const u32 lane = lane_id(), warp = threadIdx.x / 32;
   u32 rank[EACH];
   u32 real = 0;
 #pragma unroll
@@ -68,46 +62,65 @@ extern "C" __global__ void __launch_bounds__(RANGE_THREADS) ranges(const float* 
   Range r = {0, 0xffffffffu, -1, -1, 0};
   u32 low = 0, high = 0;
   if (extremes) {
-    // The n-th smallest rank, and of the reversed ranks the n-th smallest, bit by bit.
-    u32 a = 0, b = 0;
-    for (int bit = 31; bit >= 0; bit--) {
-      const u32 ta = a | 1u << bit, tb = b | 1u << bit;
-      u32 na = 0, nb = 0;
+    // The n-th smallest rank, and of the reversed ranks the n-th smallest, a byte at a time; n counts on among equal ones.
+    u32 at[2] = {0, 0}, n[2] = {extremes, extremes};
+#pragma unroll 1
+    for (int shift = 24; shift >= 0; shift -= 8) {
+      for (u32 i = threadIdx.x; i < 512; i += RANGE_THREADS) ((u32*)counts)[i] = 0;
+      __syncthreads();
 #pragma unroll
-      for (int i = 0; i < EACH; i++) {
-        const bool is = real >> i & 1;
-        na += is && rank[i] < ta, nb += is && ~rank[i] < tb;
+      for (int i = 0; i < EACH; i++)
+#pragma unroll
+        for (int side = 0; side < 2; side++) {
+          const u32 y = side ? ~rank[i] : rank[i];
+          // First bytes are counted once for both sides.
+          if (real >> i & 1 && (shift < 24 || side == 0) && (u64)(y ^ at[side]) >> (shift + 8) == 0) atomicAdd(&counts[side][y >> shift & 255], 1u);
+        }
+      __syncthreads();
+      if (warp < 2) {
+        auto count = [&](u32 i) { return warp && shift == 24 ? counts[0][255 - i] : counts[warp][i]; };
+        u32 mine = 0;
+        for (int i = 0; i < 8; i++) mine += count(lane * 8 + i);
+        u32 before = mine;
+        for (int i = 1; i < 32; i *= 2) {
+          u32 other = __shfl_up_sync(WARP, before, i);
+          if (lane >= i) before += other;
+        }
+        before -= mine;
+        const u32 want = warp ? n[1] : n[0];
+        if (before < want && want <= before + mine) {
+          u32 i = lane * 8;
+          while (before + count(i) < want) before += count(i++);
+          chosen[warp] = make_uint2(i, want - before);
+        }
       }
-      const uint2 n = block_sum(na, nb, parts, bit & 1);
-      if (n.x < extremes) a = ta;
-      if (n.y < extremes) b = tb;
-    }
-    u32 na = 0, nb = 0, same = 0;
+      __syncthreads();
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      const bool is = real >> i & 1;
-      na += is && rank[i] < a, nb += is && ~rank[i] < b;
-      if (is && rank[i] == a) same |= 1u << i;
+      for (int side = 0; side < 2; side++) at[side] |= chosen[side].x << shift, n[side] = chosen[side].y;
     }
-    __syncthreads();
-    const uint2 n = block_sum(na, nb, parts, 0);
-    r.low = a, r.high = ~b;
-    r.low_at = nth_flagged(same, extremes - n.x, counts, &found);
+    r.low = at[0], r.high = ~at[1];
+    if (threadIdx.x == 0) twice = 0;
+    u32 same = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+      if (real >> i & 1 && rank[i] == r.low) same |= 1u << i;
+    r.low_at = nth_flagged(same, n[0], counts[0], &found);
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
       const int c = threadIdx.x * EACH + i;
       if (real >> i & 1 && (rank[i] < r.low || (rank[i] == r.low && c <= r.low_at))) low |= 1u << i;
     }
-    same = 0;
-#pragma unroll
-    for (int i = 0; i < EACH; i++)
-      if (real >> i & 1 && !(low >> i & 1) && rank[i] == r.high) same |= 1u << i;
     // Entries above `high` that are low outliers exist only where nearly all are outliers.
     u32 both = 0;
+    same = 0;
 #pragma unroll
-    for (int i = 0; i < EACH; i++) both += (low >> i & 1) && rank[i] > r.high;
-    const uint2 twice = block_sum(both, 0, parts, 1);
-    r.high_at = nth_flagged(same, extremes - n.y + twice.x, counts, &found);
+    for (int i = 0; i < EACH; i++) {
+      both += (low >> i & 1) && rank[i] > r.high;
+      if (real >> i & 1 && !(low >> i & 1) && rank[i] == r.high) same |= 1u << i;
+    }
+    if (both) atomicAdd(&twice, both);
+    __syncthreads();
+    r.high_at = nth_flagged(same, n[1] + twice, counts[0], &found);
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
       const int c = threadIdx.x * EACH + i;
@@ -122,15 +135,23 @@ extern "C" __global__ void __launch_bounds__(RANGE_THREADS) ranges(const float* 
       least = fminf(least, v), most = fmaxf(most, v);
     }
   most = warp_max(most), least = -warp_max(-least);
-  if (lane_id() == 0) ends[0][threadIdx.x / 32] = least, ends[1][threadIdx.x / 32] = most;
+  if (lane == 0) ends[0][warp] = least, ends[1][warp] = most;
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int i = 1; i < RANGE_THREADS / 32; i++) least = fminf(least, ends[0][i]), most = fmaxf(most, ends[1][i]);
     const u32 scale = float_half(__fsub_rn(__fmul_rn(most, 0.5f), __fmul_rn(least, 0.5f)));
     const u32 zero = float_half(__fadd_rn(__fmul_rn(most, 0.5f), __fmul_rn(least, 0.5f)));
     r.scale = scale | zero << 16;
-    out[blockIdx.x] = r;
+    result = r;
   }
+  __syncthreads();
+  return result;
+}
+
+// grid: tokens
+extern "C" __global__ void __launch_bounds__(RANGE_THREADS) ranges(const float* values, Range* out, u32 extremes, u32* status) {
+  const Range r = find_range(values + (u64)blockIdx.x * CHANNELS, extremes, status);
+  if (threadIdx.x == 0) out[blockIdx.x] = r;
 }
 
 struct AppendArgs {
@@ -153,10 +174,11 @@ struct AppendArgs {
   u32 first;             // place of the first token after the exact rows
   u32 tokens;
   u32 keep;              // whether keys beyond the thresholds are kept apart
+  u32 extremes;          // value outliers on each side of a token
 };
 
-// grid: (blocks touched, kv_heads, 2), a warp for 16 channels
-extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a) {
+// With ONE a single token, whose range is found here; a block of threads may then have more than DIM / 16 warps.
+template <bool ONE> FN void append_block(const AppendArgs& a) {
   constexpr int POSTS = 1 << BITS;
   __shared__ u32 list[OPEN_OUTLIERS];
   __shared__ u32 count, greatest, from;
@@ -172,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a)
   const u32 before = t0 ? header[1] & 0xffff : 0;
   if (threadIdx.x == 0) count = before, greatest = t0 ? header[1] >> 16 : 0;
   if (t1 == 64)
-    for (u32 i = threadIdx.x; i < before; i += DIM * 2) list[i] = open[i];
+    for (u32 i = threadIdx.x; i < before; i += blockDim.x) list[i] = open[i];
   __syncthreads();
   auto keep = [&](u32 c, u32 t, float exact, float dense) {
     const float residual = __fsub_rn(exact, dense);
@@ -181,7 +203,9 @@ extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a)
     atomicMax(&greatest, bits & 0x7fff);
     if (at < OPEN_OUTLIERS) list[at] = outlier_word(c, t, bits);
   };
-  {
+  Range only;
+  if (ONE && side == 1) only = find_range(a.values, a.extremes, a.status);
+  if (warp < DIM / 16) {
     // Tiles 2 * warp and 2 * warp + 1.
     u32 w[BITS];
 #pragma unroll
@@ -190,14 +214,14 @@ extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a)
       // 32 channels, of which this lane has 8, for 32 tokens, of which it has 4.
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const u32 pair = warp / 2 * 16 + i / 4 * 8 + tq * 2 + i % 2, c = pair * 2 + i / 2 % 2, all = head * DIM + c;
+        const u32 pair = warp % (DIM / 32) * 16 + i / 4 * 8 + tq * 2 + i % 2, c = pair * 2 + i / 2 % 2, all = head * DIM + c;
         float bound[POSTS - 1];
 #pragma unroll
         for (int m = 0; m < POSTS - 1; m++) bound[m] = a.bounds[m * CHANNELS + all];
         const float lower = a.lower[all], upper = a.upper[all];
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-          const u32 t = warp % 2 * 32 + r * 8 + g;
+          const u32 t = warp / (DIM / 32) * 32 + r * 8 + g;
           if (t >= t0 && t < t1) {
             const float x = a.keys[(row + t) * CHANNELS + all];
             if (!(fabsf(x) <= 65504.0f)) atomicMax(a.status, 1u);
@@ -215,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a)
       for (int i = 0; i < 16; i++) {
         const u32 t = tq * 16 + i;
         if (t >= t0 && t < t1) {
-          const Range range = a.ranges[row + t];
+          const Range range = ONE ? only : a.ranges[row + t];
           const float scale = low_float(range.scale), zero = high_float(range.scale);
           const float inverse = scale != 0 ? __fdiv_rn(1.0f, scale) : 0;
 #pragma unroll
@@ -235,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a)
         }
       }
       if (warp == 0 && head == 0)
-        for (u32 t = t0 + lane; t < t1; t += 32) ((u32*)(record + scales_at(kv_heads)))[t] = a.ranges[row + t].scale;
+        for (u32 t = t0 + lane; t < t1; t += 32) ((u32*)(record + scales_at(kv_heads)))[t] = ONE ? only.scale : a.ranges[row + t].scale;
     }
 #pragma unroll
     for (int i = 0; i < BITS; i++) *(u32*)(unit + word_byte(lane, warp * BITS + i)) = w[i];
@@ -254,10 +278,16 @@ extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a)
     }
     __syncthreads();
     if (from == 0xffffffffu) n = 0;
-    for (u32 i = threadIdx.x; i < n; i += DIM * 2) a.arena[from + i] = list[i];
+    for (u32 i = threadIdx.x; i < n; i += blockDim.x) a.arena[from + i] = list[i];
     if (threadIdx.x == 0) header[0] = n ? from : 0, header[1] = n | greatest << 16;
   } else {
-    for (u32 i = before + threadIdx.x; i < n; i += DIM * 2) open[i] = list[i];
+    for (u32 i = before + threadIdx.x; i < n; i += blockDim.x) open[i] = list[i];
     if (threadIdx.x == 0) header[0] = IN_OPEN | (head * 2 + side) * OPEN_OUTLIERS, header[1] = n | greatest << 16;
   }
 }
+
+// grid: (blocks touched, kv_heads, 2), a warp for two tiles
+extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a) { append_block<false>(a); }
+
+// grid: (1, kv_heads, 2)
+extern "C" __global__ void __launch_bounds__(RANGE_THREADS) append_one(const AppendArgs a) { append_block<true>(a); }

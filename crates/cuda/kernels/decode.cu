@@ -5,18 +5,13 @@
 // is where the query is turned back to; a key's place j is counted from there. Keys come in slabs of 16 RoPE pairs:
 //
 //   turned    the first TURNED slabs: signposts -> halves -> * scale + zero -> turned by j -> mma with fp16 queries
-//   series    slow pairs, for one query head: cos(theta j) and sin(theta j) are polynomials of j with TERMS terms (Chebyshev),
-//             so q R(j) k = sum_r T_r(j / 32) (sum_i c_r(theta_i) q_i . k_i): the keys are not turned, each term is
-//             a column of an integer mma (queries of 16 bits in two bytes), and polynomials are summed once a token
+//   series    slow pairs, for one query head: not turned (series.cuh)
 //
 // Values:   signposts -> integer mma with weights of 16 bits, whose greatest in a block is 65,504; sums are scaled back
 //           block by block. A value's scale multiplies its weight, its zero point a sum.
 // Outliers: one lane each, added as integers (shared memory adds those in one instruction) under a power of two that
 //           no sum of the unit can overflow.
 
-#define SLABS (DIM / 32)
-#define SERIES (SLABS - TURNED)
-#define TERMS 8
 #define SETS ((GROUP + 3) / 4)
 #define TURN_BYTES (TURNED * 4096)
 #define TURN 0
@@ -40,8 +35,7 @@
 #define KEY_SUMS (SCORES + GROUP * 256)
 #define WEIGHTS (KEY_SUMS + GROUP * 256)
 #define VALUE_SUMS (WEIGHTS + GROUP * 128)
-#define VALUE_EXTRA (VALUE_SUMS + GROUP * DIM * 4)
-#define LOCAL_QUERY (VALUE_EXTRA + GROUP * DIM * 4)
+#define LOCAL_QUERY (VALUE_SUMS + GROUP * DIM * 4)
 #define FACTORS (LOCAL_QUERY + GROUP * DIM * 2)
 #define WARP_BYTES (FACTORS + 64)
 static_assert(WARP_PARTS + WARPS * WARP_BYTES == SHARED, "the host counts as we do");
@@ -65,32 +59,16 @@ struct DecodeArgs {
   u32 heads, kv_heads, splits, passes;
 };
 
-struct Header {
-  u32 start[2], count[2];
-  float reach[2];
-};
-
-FN Header unpack_header(uint4 h) {
-  Header r;
-  r.start[0] = h.x, r.count[0] = h.y & 0xffff, r.reach[0] = high_float(h.y);
-  r.start[1] = h.z, r.count[1] = h.w & 0xffff, r.reach[1] = high_float(h.w);
-  return r;
-}
-
-FN void fetch_codes(u8* to, const u8* unit, u32 lane) {
-#pragma unroll
-  for (int j = 0; j < DIM * BITS / 64; j++) copy16(to + j * 512 + lane * 16, unit + j * 512 + lane * 16);
-}
+// Parts of a block's header.
+FN u32 count_of(uint4 h, u32 side) { return (side ? h.w : h.y) & 0xffff; }
+FN u32 start_of(uint4 h, u32 side) { return side ? h.z : h.x; }
+FN float reach_of(uint4 h, u32 side) { return high_float(side ? h.w : h.y); }
 
 // Nearest integer of a number below 2^21.
 FN int rounded(float x) { return __float_as_int(x + 12582912.0f) - 0x4b400000; }
 
 // Where a channel's sum of outliers is.
 FN u32 place_of(u32 channel) { return channel / 2 + channel % 2 * (DIM / 2); }
-
-FN void fetch_outliers(u8* to, const u32* list, u32 count, u32 lane) {
-  if (lane * 4 < count) copy16(to + lane * 16, list + lane * 4);
-}
 
 // Words of four times two tiles.
 FN void load_words(u32* w, const u8* codes, int quad, u32 lane) {
@@ -101,79 +79,10 @@ FN void load_words(u32* w, const u8* codes, int quad, u32 lane) {
   }
 }
 
-#if SERIES
-// What the lanes' columns are made of: for term g and the lane's four pairs of a slab, in steps of the integer queries,
-//   column x = A cos + B sin, column y = C cos - D sin, its product with the zero points = U cos + W sin
-// of the angle of the block's middle.
-FN void prepare_columns(u8* shared, const float* series, const float4* basis) {
-  const float* q = (const float*)(shared + QUERIES);
-  // Every second half is a scale: x of two pairs, zeros, y of two pairs, zeros.
-  const u16* units = (const u16*)(shared + UNITS_SZ);
-  auto unit = [&](u32 pair, u32 y, u32 zero) { return half_float(units[pair / 2 * 8 + y * 4 + zero * 2 + pair % 2]); };
-  float most = 1e-30f;
-  for (u32 pair = TURNED * 16 + lane_id(); pair < DIM / 2; pair += 32) {
-    const float x = q[2 * pair], y = q[2 * pair + 1];
-    most = fmaxf(most, sqrtf(x * x + y * y) * fmaxf(unit(pair, 0, 0), unit(pair, 1, 0)));
-  }
-  most = warp_max_ordered(most);
-  // No coefficient of a term is above 1.17.
-  const float steps = 27000.0f / most, step = most / 27000.0f / 128.0f, per_step = 1 / step;
-  for (u32 i = threadIdx.x; i < SERIES * 6 * 32; i += WARPS * 32) {
-    const u32 lane = i % 32, part = i / 32 % 6, slab = TURNED + i / 192, term = lane / 4;
-    float4 v;
-    float* out = (float*)&v;
-    for (u32 e = 0; e < 4; e++) {
-      // Parts 0 to 3 are A, B, C, D of a pair; 4 and 5 hold U, W of two pairs.
-      const u32 which = part < 4 ? part : (part - 4) * 2 + e / 2;
-      const u32 pair = slab * 16 + which / 2 * 8 + lane % 4 * 2 + which % 2;
-      const float x = q[2 * pair], y = q[2 * pair + 1], c = series[term * (DIM / 2) + pair];
-      // Odd terms belong to the sine: the query a quarter turn back.
-      const float qx = c * (term % 2 ? y : x), qy = c * (term % 2 ? -x : y);
-      const float sx = unit(pair, 0, 0) * steps, sy = unit(pair, 1, 0) * steps;
-      const float zx = unit(pair, 0, 1) * per_step, zy = unit(pair, 1, 1) * per_step;
-      if (part < 4) out[e] = e == 0 ? sx * qx : e == 1 ? sx * qy : e == 2 ? sy * qy : sy * qx;
-      else out[e] = e % 2 == 0 ? qx * zx + qy * zy : qy * zx - qx * zy;
-    }
-    ((float4*)(shared + COLUMNS))[i] = v;
-  }
-  for (u32 i = threadIdx.x; i < 128; i += WARPS * 32) {
-    const float4 b = basis[i];
-    ((float4*)(shared + BASIS))[i] = make_float4(b.x * step, b.y * step, b.z * step, b.w * step);
-  }
+// A warp's copy of some bytes, in pieces of 16.
+FN void fetch(u8* to, const void* from, u32 bytes, u32 lane) {
+  for (u32 i = lane * 16; i < bytes; i += 512) copy16(to + i, (const u8*)from + i);
 }
-
-// A block's columns: high and low bytes of the queries, and what the zero points bring to terms 2 tq and 2 tq + 1.
-FN void make_columns(const u8* shared, const u8* angles, u32 lane, u32 (*high)[2], u32 (*low)[2], float* zeros) {
-  const u32 tq = lane % 4;
-  float zero = 0;
-#pragma unroll
-  for (int s = 0; s < SERIES; s++) {
-    const float4* part = (const float4*)(shared + COLUMNS) + s * 192 + lane;
-    const float4* turn = (const float4*)(angles + (TURNED + s) * 128);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const float4 t = turn[h * 4 + tq], u = part[(4 + h) * 32];
-      u32 n[2][2];
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const float4 p = part[(2 * h + e) * 32];
-        const float c = e ? t.z : t.x, sn = e ? t.w : t.y;
-        // The mantissa ends in the integer: 1.5 * 2^23.
-        n[0][e] = __float_as_uint(fmaf(p.x, c, fmaf(p.y, sn, 12582912.0f)));
-        n[1][e] = __float_as_uint(fmaf(p.z, c, fmaf(-p.w, sn, 12582912.0f)));
-      }
-      zero = fmaf(u.x, t.x, fmaf(u.y, t.y, zero));
-      zero = fmaf(u.z, t.z, fmaf(u.w, t.w, zero));
-      // Bytes x0, x1, y0, y1: low bytes of both, then high bytes.
-      const u32 x = permute(n[0][0], n[0][1], 0x5140), y = permute(n[1][0], n[1][1], 0x5140);
-      low[s][h] = permute(x, y, 0x5410), high[s][h] = permute(x, y, 0x7632);
-    }
-  }
-  zero += __shfl_xor_sync(WARP, zero, 1);
-  zero += __shfl_xor_sync(WARP, zero, 2);
-  zeros[0] = __shfl_sync(WARP, zero, tq * 8), zeros[1] = __shfl_sync(WARP, zero, tq * 8 + 4);
-}
-#endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeArgs a) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -182,35 +91,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   const u32 first_head = kv_head * a.passes * GROUP + blockIdx.y % a.passes * GROUP;
   const Sequence s = a.sequences[seq];
 
+  // Tables, on their way while the first blocks are found.
+  auto fetch_table = [&](u32 at, const void* from, u32 bytes) {
+    for (u32 i = threadIdx.x * 16; i < bytes; i += WARPS * 512) copy16(shared + at + i, (const u8*)from + i);
+  };
+  fetch_table(TURN, a.turn, TURN_BYTES);
+  fetch_table(PLACES, a.places, DIM * 128);
+  fetch_table(UNITS_SZ, a.units + kv_head * (DIM / 4), DIM * 4);
+  fetch_table(QUERIES, a.q + ((u64)seq * a.heads + first_head) * DIM, GROUP * DIM * 4);
+  copy_commit();
   if (threadIdx.x < (1 << BITS) / 4) {
     ((u32*)(shared + POSTS))[threadIdx.x] = a.key_posts[threadIdx.x];
     ((u32*)(shared + POSTS + 16))[threadIdx.x] = a.value_posts[threadIdx.x];
   }
-  for (u32 i = threadIdx.x; i < TURN_BYTES / 16; i += WARPS * 32) ((uint4*)(shared + TURN))[i] = a.turn[i];
-  for (u32 i = threadIdx.x; i < DIM * 8; i += WARPS * 32) ((uint4*)(shared + PLACES))[i] = a.places[i];
-  for (u32 i = threadIdx.x; i < DIM / 4; i += WARPS * 32) ((uint4*)(shared + UNITS_SZ))[i] = a.units[kv_head * (DIM / 4) + i];
-  for (u32 i = threadIdx.x; i < GROUP * DIM; i += WARPS * 32)
-    ((float*)(shared + QUERIES))[i] = a.q[((u64)seq * a.heads + first_head) * DIM + i];
-  __syncthreads();
-  for (u32 h = warp; h < GROUP; h += WARPS) {
-    // No turn makes a channel of a pair greater than this.
-    float reach = 0;
-    const float2* q = (const float2*)(shared + QUERIES) + h * (DIM / 2);
-    for (u32 i = lane; i < DIM / 2; i += 32) reach += 2 * sqrtf(q[i].x * q[i].x + q[i].y * q[i].y);
-    reach = warp_sum(reach);
-    if (lane == 0) ((float*)(shared + REACH))[h] = reach;
-  }
-#if SERIES
-  prepare_columns(shared, a.series, a.basis);
-#endif
-  __syncthreads();
-
   u8* const own = shared + WARP_PARTS + warp * WARP_BYTES;
   float* const scores = (float*)(own + SCORES);
   int* const key_sums = (int*)(own + KEY_SUMS);
   u16* const weights = (u16*)(own + WEIGHTS);
   int* const value_sums = (int*)(own + VALUE_SUMS);
-  float* const extra = (float*)(own + VALUE_EXTRA);
   u32* const local = (u32*)(own + LOCAL_QUERY);
   float* const factors = (float*)(own + FACTORS);
   const float* const queries = (const float*)(shared + QUERIES);
@@ -224,73 +122,89 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   for (int i = 0; i < DIM / 16; i++)
 #pragma unroll
     for (int e = 0; e < SETS; e++) o[e][i][0] = o[e][i][1] = 0;
-  for (u32 i = lane; i < GROUP * DIM; i += 32) extra[i] = 0, value_sums[i] = 0;
+  for (u32 i = lane; i < GROUP * DIM; i += 32) value_sums[i] = 0;
   __syncwarp();
 
   const u64 stride = block_bytes(a.kv_heads), header_from = header_at(a.kv_heads, kv_head);
   const u32 each = (s.blocks + a.splits - 1) / a.splits;
   const u32 from = min(s.blocks, split * each) + warp, to = min(s.blocks, split * each + each);
-  uint4 raw_next = make_uint4(0, 0, 0, 0);
+  uint4 next = make_uint4(0, 0, 0, 0);
   const u8* block_next = a.pool;
   auto look_ahead = [&](u32 b) {
     if (b < to) {
       block_next = a.pool + s.table[b] * stride;
-      raw_next = *(const uint4*)(block_next + header_from);
+      next = *(const uint4*)(block_next + header_from);
     }
   };
-  auto fetch_keys = [&](const u8* block, const Header& h, u32 b) {
-    fetch_codes(own + KEY_CODES, block + unit_at(kv_head, 0), lane);
-    fetch_outliers(own + KEY_OUTLIERS, outliers_of(s, h.start[0]), h.count[0], lane);
-#pragma unroll
-    for (int j = 0; j < (DIM + 127) / 128; j++)
-      if (lane + 32 * j < DIM / 4) copy16(own + ANGLES + (lane + 32 * j) * 16, a.origins + (u64)b * (DIM / 4) + lane + 32 * j);
+  // Keys and values of the next block, a group of copies each.
+  auto near_bytes = [](u32 count) { return min(count, NEAR_OUTLIERS) * 4; };
+  auto fetch_keys = [&](u32 b) {
+    if (b < to) {
+      fetch(own + KEY_CODES, block_next + unit_at(kv_head, 0), UNIT_BYTES, lane);
+      fetch(own + ANGLES, a.origins + (u64)b * (DIM / 4), DIM * 4, lane);
+      fetch(own + KEY_OUTLIERS, outliers_of(s, start_of(next, 0)), near_bytes(count_of(next, 0)), lane);
+    }
+    copy_commit();
   };
-  auto fetch_values = [&](const u8* block, const Header& h) {
-    fetch_codes(own + VALUE_CODES, block + unit_at(kv_head, 1), lane);
-    if (lane < 16) copy16(own + SCALES + lane * 16, block + scales_at(a.kv_heads) + lane * 16);
-    fetch_outliers(own + VALUE_OUTLIERS, outliers_of(s, h.start[1]), h.count[1], lane);
+  auto fetch_values = [&](u32 b) {
+    if (b < to) {
+      fetch(own + VALUE_CODES, block_next + unit_at(kv_head, 1), UNIT_BYTES, lane);
+      fetch(own + SCALES, block_next + scales_at(a.kv_heads), 256, lane);
+      fetch(own + VALUE_OUTLIERS, outliers_of(s, start_of(next, 1)), near_bytes(count_of(next, 1)), lane);
+    }
+    copy_commit();
   };
-
+  // All but the group that was asked for last.
+  auto wait = [] {
+    copy_wait<1>();
+    __syncwarp();
+  };
   look_ahead(from);
-  Header head = unpack_header(raw_next);
-  if (from < to) fetch_keys(block_next, head, from);
-  copy_commit();
-  if (from < to) fetch_values(block_next, head);
-  copy_commit();
-
-  // The exact rows before the first block.
-  if (split == 0)
-    for (u32 r = warp; r < s.exact_rows; r += WARPS) {
-      constexpr int N = DIM / 32;
-      const u16* key = s.exact + ((u64)kv_head * s.exact_capacity + r) * DIM + lane * N;
-      const u16* value = key + (u64)a.kv_heads * s.exact_capacity * DIM;
-#pragma unroll
-      for (int h = 0; h < GROUP; h++) {
-        float x = 0;
-#pragma unroll
-        for (int i = 0; i < N; i++) x += queries[h * DIM + lane * N + i] * half_float(key[i]);
-        x = warp_sum(x);
-        float m = fmaxf(top[h], x), f = power2(top[h] - m), p = power2(x - m);
-        top[h] = m;
-        sum[h] = sum[h] * f + (lane == 0 ? p : 0);
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-          float* e = extra + h * DIM + place_of(lane * N + i);
-          *e = *e * f + p * half_float(value[i]);
-        }
-      }
-    }
-  __syncwarp();
+  fetch_keys(from);
+  fetch_values(from);
+  copy_wait<2>();
+  __syncthreads();
+  for (u32 h = warp; h < GROUP; h += WARPS) {
+    // No turn makes a channel of a pair greater than this.
+    float reach = 0;
+    const float2* q = (const float2*)(shared + QUERIES) + h * (DIM / 2);
+    for (u32 i = lane; i < DIM / 2; i += 32) reach += 2 * sqrtf(q[i].x * q[i].x + q[i].y * q[i].y);
+    reach = warp_sum(reach);
+    if (lane == 0) ((float*)(shared + REACH))[h] = reach;
+  }
+#if SERIES
+  prepare_columns((float4*)(shared + COLUMNS), (float4*)(shared + BASIS), (const float*)(shared + QUERIES),
+                  (const u16*)(shared + UNITS_SZ), a.series, a.basis);
+#endif
+  __syncthreads();
 
   // The two tokens whose scores and weights this lane has.
   const u32 place = 32 * (tq % 2) + 16 * (tq / 2) + g;
 
+  // Sums of values' outliers stay integers for a few blocks, under the last maximum, in units of 2^(value_exponent - 20).
+  int value_exponent = -126;
+  u32 pending = 0;
+  auto take_sums = [&]() {
+    const float unit = exponent(value_exponent - 20);
+    __syncwarp();
+#pragma unroll
+    for (int e = 0; e < SETS; e++)
+#pragma unroll
+      for (int i = 0; i < DIM / 16; i++)
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+          o[e][i][j] += unit * value_sums[min(4 * e + tq, GROUP - 1) * DIM + place_of(16 * i + 8 * j + g)];
+    __syncwarp();
+    for (u32 i = lane; i < GROUP * DIM / 4; i += 32) ((int4*)value_sums)[i] = make_int4(0, 0, 0, 0);
+    __syncwarp();
+    pending = 0;
+  };
+
   for (u32 b = from; b < to; b += WARPS) {
     const u32 len = b + 1 == s.blocks ? s.last : 64;
-    const Header now = head;
+    const uint4 now = next;
     look_ahead(b + WARPS);
-    copy_wait<1>();
-    __syncwarp();
+    wait();
     // The query, turned back to the block's middle.
 #pragma unroll
     for (int j = 0; j < (DIM + 127) / 128; j++) {
@@ -310,41 +224,43 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
     for (int h = 0; h < GROUP; h++) ((int2*)key_sums)[h * 32 + lane] = make_int2(0, 0);
     __syncwarp();
 
-    float acc[4][4];
-#pragma unroll
-    for (int m = 0; m < 4; m++) acc[m][0] = acc[m][1] = acc[m][2] = acc[m][3] = 0;
 #if SERIES
     u32 high[SERIES][2], low[SERIES][2];
-    float zero_terms[2];
-    int hi[4][4], lo[4][4];
-    make_columns(shared, own + ANGLES, lane, high, low, zero_terms);
-#pragma unroll
-    for (int m = 0; m < 4; m++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) hi[m][i] = 0, lo[m][i] = 0;
+    int zero_terms[2];
+    make_columns((const float4*)(shared + COLUMNS), own + ANGLES, lane, high, low, zero_terms);
+    float part[4][2];
 #endif
     const Signposts key_posts = load_signposts((const u32*)(shared + POSTS));
+    u32 w[4 * BITS];
 #pragma unroll
-    for (int quad = 0; quad < DIM / 64; quad++) {
-      u32 w[4 * BITS];
-      load_words(w, own + KEY_CODES, quad, lane);
+    for (int half = 0; half < 2; half++) {
+      float acc[2][4];
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const int slab = quad * 2 + k / 2;
+      for (int m = 0; m < 2; m++) acc[m][0] = acc[m][1] = acc[m][2] = acc[m][3] = 0;
+#if SERIES
+      int hi[2][4], lo[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) hi[m][i] = 0, lo[m][i] = zero_terms[i % 2];
+#endif
+#pragma unroll
+      for (int slab = 0; slab < SLABS; slab++) {
+        const int two = half * SLABS + slab;
+        if (two % 4 == 0) load_words(w, own + KEY_CODES, two / 4, lane);
         u32 r[2][4];
-        look_up(w + k * BITS, slab < TURNED ? biased(key_posts) : key_posts, r);
+        look_up(w + two % 4 * BITS, slab < TURNED ? biased(key_posts) : key_posts, r);
         if (slab < TURNED) {
 #pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const u32 step = slab * 2 + half;
+          for (int i = 0; i < 2; i++) {
+            const u32 step = slab * 2 + i;
             const uint4 sz = *(const uint4*)(shared + UNITS_SZ + (step * 4 + tq) * 16);
             uint2 q = make_uint2(0, 0);
             if (g < GROUP) q = ((const uint2*)local)[g * (DIM / 4) + step * 4 + tq];
 #pragma unroll
-            for (int tile = 0; tile < 2; tile++) {
-              const int m = k % 2 * 2 + tile;
-              const uint4 t = *(const uint4*)(shared + TURN + step * 2048 + m * 512 + lane * 16);
-              const u32 p0 = r[tile][2 * half], p1 = r[tile][2 * half + 1];
+            for (int m = 0; m < 2; m++) {
+              const uint4 t = *(const uint4*)(shared + TURN + step * 2048 + (half * 2 + m) * 512 + lane * 16);
+              const u32 p0 = r[m][2 * i], p1 = r[m][2 * i + 1];
               const u32 x0 = fma2(halves_of<0>(p0), sz.x, sz.y), y0 = fma2(halves_of<1>(p0), sz.z, sz.w);
               const u32 x1 = fma2(halves_of<0>(p1), sz.x, sz.y), y1 = fma2(halves_of<1>(p1), sz.z, sz.w);
               const u32 tx0 = fma2(x0, t.x, neg2(mul2(y0, t.y))), ty0 = fma2(x0, t.y, mul2(y0, t.x));
@@ -356,27 +272,36 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
 #if SERIES
         else {
 #pragma unroll
-          for (int tile = 0; tile < 2; tile++) {
-            const int m = k % 2 * 2 + tile, column = slab < TURNED ? 0 : slab - TURNED;
-            mma_signed(hi[m], r[tile], high[column][0], high[column][1]);
-            mma_unsigned(lo[m], r[tile], low[column][0], low[column][1]);
+          for (int m = 0; m < 2; m++) {
+            const int column = slab < TURNED ? 0 : slab - TURNED;
+            mma_signed(hi[m], r[m], high[column][0], high[column][1]);
+            mma_unsigned(lo[m], r[m], low[column][0], low[column][1]);
           }
         }
 #endif
       }
+#if SERIES
+      // Terms 2 tq and 2 tq + 1 of tokens 16 m + g and 16 m + 8 + g.
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        const float4 t = ((const float4*)(shared + BASIS))[(half * 2 + m) * 32 + lane];
+        float v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = (float)(hi[m][i] * 256 + lo[m][i]);
+        part[half * 2 + m][0] = fmaf(v[0], t.x, fmaf(v[1], t.y, acc[m][0]));
+        part[half * 2 + m][1] = fmaf(v[2], t.z, fmaf(v[3], t.w, acc[m][2]));
+      }
+#else
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        float* to = scores + 2 * tq * 64 + half * 32 + 16 * m + g;
+        if (2 * tq < GROUP) to[0] = acc[m][0], to[8] = acc[m][2];
+        if (2 * tq + 1 < GROUP) to[64] = acc[m][1], to[72] = acc[m][3];
+      }
+#endif
     }
 #if SERIES
-    // Terms 2 tq and 2 tq + 1 of tokens 16 m + g and 16 m + 8 + g; then lanes of a row each take two tokens' sums.
-    float part[4][2];
-#pragma unroll
-    for (int m = 0; m < 4; m++) {
-      const float4 t = ((const float4*)(shared + BASIS))[m * 32 + lane];
-      float v[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) v[i] = (float)(hi[m][i] * 256 + lo[m][i]) + zero_terms[i % 2];
-      part[m][0] = fmaf(v[0], t.x, fmaf(v[1], t.y, acc[m][0]));
-      part[m][1] = fmaf(v[2], t.z, fmaf(v[3], t.w, acc[m][2]));
-    }
+    // Lanes of a row each take two tokens' sums.
     float mine[2];
     {
       const bool odd = tq % 2, upper = tq / 2;
@@ -390,23 +315,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
       for (int i = 0; i < 2; i++)
         mine[i] = (upper ? two[1][i] : two[0][i]) + __shfl_xor_sync(WARP, upper ? two[0][i] : two[1][i], 2);
     }
-#else
-#pragma unroll
-    for (int m = 0; m < 4; m++) {
-      if (2 * tq < GROUP) {
-        scores[2 * tq * 64 + 16 * m + g] = acc[m][0];
-        scores[2 * tq * 64 + 16 * m + 8 + g] = acc[m][2];
-      }
-      if (2 * tq + 1 < GROUP) {
-        scores[(2 * tq + 1) * 64 + 16 * m + g] = acc[m][1];
-        scores[(2 * tq + 1) * 64 + 16 * m + 8 + g] = acc[m][3];
-      }
-    }
 #endif
     // Outliers of keys: residual times the query turned to the token's place.
     float key_scale[GROUP];
 #pragma unroll
-    for (int h = 0; h < GROUP; h++) key_scale[h] = exponent(20 - exponent_of(now.reach[0] * ((float*)(shared + REACH))[h]));
+    for (int h = 0; h < GROUP; h++) key_scale[h] = exponent(20 - exponent_of(reach_of(now, 0) * ((float*)(shared + REACH))[h]));
     {
       auto add = [&](u32 e) {
         const u32 pair = outlier_pair(e), turn = *(const u32*)(shared + PLACES + e % (DIM * 32) * 4);
@@ -422,17 +335,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
         }
       };
 #pragma unroll 2
-      for (u32 i = lane; i < min(now.count[0], NEAR_OUTLIERS); i += 32) add(((const u32*)(own + KEY_OUTLIERS))[i]);
+      for (u32 i = lane; i < min(count_of(now, 0), NEAR_OUTLIERS); i += 32) add(((const u32*)(own + KEY_OUTLIERS))[i]);
 #pragma unroll 1
-      for (u32 i = NEAR_OUTLIERS + lane; i < now.count[0]; i += 32) add(outliers_of(s, now.start[0])[i]);
+      for (u32 i = NEAR_OUTLIERS + lane; i < count_of(now, 0); i += 32) add(outliers_of(s, start_of(now, 0))[i]);
     }
     __syncwarp();
-    head = unpack_header(raw_next);
-    const bool more = b + WARPS < to;
-    if (more) fetch_keys(block_next, head, b + WARPS);
-    copy_commit();
-    copy_wait<1>();
-    __syncwarp();
+    fetch_keys(b + WARPS);
+    wait();
 
     // Weights, under the block's own maximum.
     const u32 sz0 = ((const u32*)(own + SCALES))[place], sz1 = ((const u32*)(own + SCALES))[place + 8];
@@ -464,7 +373,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
       // The mantissa ends in the integer: 2^23.
       weights[h * 64 + place] = (u16)__float_as_uint(fmaf(w0, steps, 8388608.0f));
       weights[h * 64 + place + 8] = (u16)__float_as_uint(fmaf(w1, steps, 8388608.0f));
-      if (now.count[1]) scores[h * 64 + place] = p0, scores[h * 64 + place + 8] = p1;
+      if (count_of(now, 1)) scores[h * 64 + place] = p0 * new_factor[h], scores[h * 64 + place + 8] = p1 * new_factor[h];
     }
     __syncwarp();
     float old_mine[SETS], new_mine[SETS];
@@ -481,6 +390,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
       column[e][0] = permute(x.x, x.y, pick), column[e][1] = permute(x.z, x.w, pick);
       column[e][2] = permute(y.x, y.y, pick), column[e][3] = permute(y.z, y.w, pick);
     }
+    const int reach = exponent_of(reach_of(now, 1));
+    const bool apart = count_of(now, 1);
+    if (pending && (moved || pending == 8 || (apart && reach > value_exponent))) take_sums();
+    if (apart) value_exponent = pending++ ? value_exponent : reach;
     if (moved) {
 #pragma unroll
       for (int e = 0; e < SETS; e++)
@@ -490,7 +403,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
     const Signposts value_posts = load_signposts((const u32*)(shared + POSTS + 16));
 #pragma unroll
     for (int quad = 0; quad < DIM / 64; quad++) {
-      u32 w[4 * BITS];
       load_words(w, own + VALUE_CODES, quad, lane);
 #pragma unroll
       for (int k = 0; k < 4; k++) {
@@ -518,7 +430,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
     }
     // Outliers of values.
     {
-      const float scale = exponent(20 - exponent_of(now.reach[1])), unscale = inverse_exponent(scale);
+      const float scale = exponent(20 - value_exponent);
       auto add = [&](u32 e) {
         const float r = high_float(e) * scale;
 #pragma unroll
@@ -526,27 +438,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
           atomicAdd(&value_sums[h * DIM + outlier_place(e)], rounded(scores[h * 64 + outlier_token(e)] * r));
       };
 #pragma unroll 2
-      for (u32 i = lane; i < min(now.count[1], NEAR_OUTLIERS); i += 32) add(((const u32*)(own + VALUE_OUTLIERS))[i]);
+      for (u32 i = lane; i < min(count_of(now, 1), NEAR_OUTLIERS); i += 32) add(((const u32*)(own + VALUE_OUTLIERS))[i]);
 #pragma unroll 1
-      for (u32 i = NEAR_OUTLIERS + lane; i < now.count[1]; i += 32) add(outliers_of(s, now.start[1])[i]);
-      __syncwarp();
-      if (more) fetch_values(block_next, head);
-      copy_commit();
-      if (moved || now.count[1]) {
-#pragma unroll
-        for (int h = 0; h < GROUP; h++) {
-          const float f = new_factor[h] * unscale;
-          for (u32 i = lane; i < DIM / 4; i += 32) {
-            const int4 v = ((int4*)value_sums)[h * (DIM / 4) + i];
-            float4 x = ((float4*)extra)[h * (DIM / 4) + i];
-            x.x = x.x * old_factor[h] + v.x * f, x.y = x.y * old_factor[h] + v.y * f;
-            x.z = x.z * old_factor[h] + v.z * f, x.w = x.w * old_factor[h] + v.w * f;
-            ((float4*)extra)[h * (DIM / 4) + i] = x;
-            ((int4*)value_sums)[h * (DIM / 4) + i] = make_int4(0, 0, 0, 0);
-          }
-        }
-      }
+      for (u32 i = NEAR_OUTLIERS + lane; i < count_of(now, 1); i += 32) add(outliers_of(s, start_of(now, 1))[i]);
     }
+    __syncwarp();
+    fetch_values(b + WARPS);
   }
   copy_wait<0>();
   __syncwarp();
@@ -565,8 +462,38 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   __syncwarp();
 #pragma unroll
   for (int h = 0; h < GROUP; h++) {
-    const float z = warp_sum(zeros[h]), l = warp_sum(sum[h]);
-    for (u32 c = lane; c < DIM; c += 32) result[h * DIM + c] += z + extra[h * DIM + place_of(c)];
+    const float z = warp_sum(zeros[h]);
+    const float unit = pending ? exponent(value_exponent - 20) : 0;
+    for (u32 c = lane; c < DIM; c += 32) result[h * DIM + c] += z + unit * value_sums[h * DIM + place_of(c)];
+  }
+  __syncwarp();
+  // The exact rows before the first block.
+  if (split == 0)
+    for (u32 r = warp; r < s.exact_rows; r += WARPS) {
+      constexpr int N = DIM / 32;
+      const u16* key = s.exact + ((u64)kv_head * s.exact_capacity + r) * DIM + lane * N;
+      const u16* value = key + (u64)a.kv_heads * s.exact_capacity * DIM;
+#pragma unroll
+      for (int h = 0; h < GROUP; h++) {
+        float x = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) x += queries[h * DIM + lane * N + i] * half_float(key[i]);
+        x = warp_sum(x);
+        float m = fmaxf(top[h], x), f = power2(top[h] - m), p = power2(x - m);
+        top[h] = m;
+        sum[h] = sum[h] * f + (lane == 0 ? p : 0);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+          float* e = result + h * DIM + lane * N + i;
+          *e = *e * f + p * half_float(value[i]);
+        }
+      }
+    }
+  __syncwarp();
+
+#pragma unroll
+  for (int h = 0; h < GROUP; h++) {
+    const float l = warp_sum(sum[h]);
     if (lane == 0) factors[2 * h] = top[h], factors[2 * h + 1] = l;
   }
   __syncthreads();
@@ -583,5 +510,4 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
     const u64 at = ((u64)seq * a.heads + first_head + h) * a.splits + split;
     a.out[at * DIM + i % DIM] = x;
     if (i % DIM == 0) a.sums[at * 2] = m, a.sums[at * 2 + 1] = l;
-  }
-}
+  }}

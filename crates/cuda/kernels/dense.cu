@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(128) dense_rows(const DenseArgs a) 
     const Signposts posts = biased(load_signposts(a.key_steps));
 #pragma unroll
     for (int k = 0; k < DIM / 64; k++) {
-      const u32 two = k * 4 + warp, slab = two / 2;
+      const u32 two = k * 4 + warp, slab = two % (DIM / 32);
       u32 r[2][4];
       look_up(w[k], posts, r);
 #pragma unroll
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(128) dense_rows(const DenseArgs a) 
         const float4 n = a.origins[(u64)block * (DIM / 4) + at];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const u32 t = two % 2 * 32 + i * 8 + g, p = r[i / 2][half * 2 + i % 2];
+          const u32 t = two / (DIM / 32) * 32 + i * 8 + g, p = r[i / 2][half * 2 + i % 2];
           const u32 x = fma2(halves_of<0>(p), sz.x, sz.y), y = fma2(halves_of<1>(p), sz.z, sz.w);
           const float4 j = a.places[t * (DIM / 4) + at];
           uint2* to = (uint2*)(tile + t * PITCH + at * 4);

@@ -9,7 +9,7 @@
 //   a lane's stream    its 16-byte pieces, j = 0, 1, ..: BITS words for tiles 0 and 1, BITS words for tiles 2 and 3, ..
 //
 //   lane = 4 * g + q           g in 0..8, q in 0..4; code n = 4 * register + byte of a tile
-//   keys     rows are tokens, columns channels: tile = channel / 32 * 4 + token / 16, g = token % 8,
+//   keys     rows are tokens, columns channels: tile = token / 32 * (DIM / 16) + channel / 32 * 2 + token / 16 % 2, g = token % 8,
 //            q = pair / 2 % 4, register = pair / 8 % 2 * 2 + token / 8 % 2, byte = channel % 2 * 2 + pair % 2; pair = channel / 2
 //   values   rows are channels, columns tokens: tile = channel / 16 * 2 + token / 8 % 2, g = channel % 8,
 //            q = token / 16, register = token / 4 % 2 * 2 + channel / 8 % 2, byte = token % 4
@@ -43,7 +43,7 @@ struct Spot {
 
 FN Spot key_spot(u32 channel, u32 token) {
   u32 pair = channel / 2;
-  return {token % 8 * 4 + pair / 2 % 4, channel / 32 * 4 + token / 16,
+  return {token % 8 * 4 + pair / 2 % 4, token / 32 * (DIM / 16) + channel / 32 * 2 + token / 16 % 2,
           (pair / 8 % 2 * 2 + token / 8 % 2) * 4 + channel % 2 * 2 + pair % 2};
 }
 

@@ -40,8 +40,8 @@ pub const SHAPES: [Shape; 3] = [
 const CHUNK: usize = 8192;
 /// Query rows of the prefill benches.
 const QUERIES: usize = 1024;
-/// Bytes of rows decoded at a time in the prefill benches: half of the second-level cache of a large card.
-const SECTION: usize = 32 << 20;
+/// Bytes of rows decoded at a time in the prefill benches: what the second-level cache of a large card holds.
+const SECTION: usize = 64 << 20;
 
 /// A time.
 #[derive(Debug, Clone, Serialize)]

@@ -228,7 +228,8 @@ fn check(
     // append: every value, bit for bit
     let capacity = blocks * BLOCK;
     let floats = device.poisoned(2 * channels * capacity * 4)?;
-    dense(device, &tables, &pool, &long_history, &turns, DenseOut::Floats(&floats), 0, blocks, capacity)?;
+    let record = device.upload(&long_history.record(&pool))?;
+    dense(device, &tables, &pool, (&long_history, &record), &turns, DenseOut::Floats(&floats), 0, blocks, capacity)?;
     let got = device.read::<f32>(&floats, 2 * channels * capacity)?;
     let mut wrong = 0usize;
     for (side, expected) in [&dense_keys, &dense_values].into_iter().enumerate() {

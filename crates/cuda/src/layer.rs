@@ -19,8 +19,10 @@ struct AppendArgs {
     first: u32,
     tokens: u32,
     keep: u32,
+    extremes: u32,
+    _end: u32,
 }
-// SAFETY: plain numbers in the order of kernels/append.cu.
+// SAFETY: plain numbers in the order of kernels/append.cu, whose structure ends in four bytes of padding.
 unsafe impl DeviceRepr for AppendArgs {}
 
 #[repr(C)]
@@ -82,16 +84,12 @@ pub(crate) fn append_from(
     let (keys_at, values_at) = (keys.at() + skipped, values.at() + skipped);
     history.reserve(device, pool, tokens)?;
     let build = Build::append(tables.bits, tables.dim, channels);
-    let ranges = device.function(&build, "ranges", 0)?;
-    let append = device.function(&build, "append", 0)?;
-    let args = [
-        Arg::Long(values_at),
-        Arg::Long(pool.ranges.at()),
-        Arg::Word(tables.extremes as u32),
-        Arg::Long(pool.status.at()),
-    ];
-    // SAFETY: the arguments of `ranges`; one block of threads a token, whose rows and range exist (checked above).
-    unsafe { device.launch(&ranges, [tokens, 1, 1], 256, &args) }?;
+    // As kernels/append.cu counts them.
+    let range_threads = match channels {
+        4096.. => 1024,
+        2048.. => 512,
+        _ => (2 * tables.dim).max(256),
+    };
     let first = history.tokens;
     let args = AppendArgs {
         pointers: [
@@ -115,11 +113,30 @@ pub(crate) fn append_from(
         first: first as u32,
         tokens: tokens as u32,
         keep: tables.keep as u32,
+        extremes: tables.extremes as u32,
+        _end: 0,
     };
+    if tokens == 1 {
+        let f = device.function(&build, "append_one", 0)?;
+        // SAFETY: as for `append` below; the one token's rows exist (checked above).
+        unsafe { device.launch_with(&f, [1, tables.kv_heads, 2], range_threads, 0, &args) }?;
+        history.tokens += 1;
+        return Ok(());
+    }
+    let of_ranges = [
+        Arg::Long(values_at),
+        Arg::Long(pool.ranges.at()),
+        Arg::Word(tables.extremes as u32),
+        Arg::Long(pool.status.at()),
+    ];
+    let f = device.function(&build, "ranges", 0)?;
+    // SAFETY: the arguments of `ranges`; one block of threads a token, whose rows and range exist (checked above).
+    unsafe { device.launch(&f, [tokens, 1, 1], range_threads, &of_ranges) }?;
+    let f = device.function(&build, "append", 0)?;
     let touched = (first + tokens).div_ceil(BLOCK) - first / BLOCK;
     // SAFETY: the argument of `append`; the table names blocks of the pool for all tokens (reserved above), outliers stay
     // within arena_size and the open list.
-    unsafe { device.launch_with(&append, [touched, tables.kv_heads, 2], tables.dim * 2, 0, &args) }?;
+    unsafe { device.launch_with(&f, [touched, tables.kv_heads, 2], tables.dim * 2, 0, &args) }?;
     history.tokens += tokens;
     Ok(())
 }
@@ -413,12 +430,12 @@ pub(crate) enum DenseOut<'a> {
     Floats(&'a Buffer),
 }
 
-/// Decodes blocks from `first` on into rows.
+/// Decodes blocks of a history, whose record is on the card, from `first` on into rows.
 pub(crate) fn dense(
     device: &Device,
     tables: &Tables,
     pool: &Pool,
-    history: &History,
+    (history, record): (&History, &Buffer),
     turns: &Turns,
     out: DenseOut<'_>,
     first: usize,
@@ -433,7 +450,6 @@ pub(crate) fn dense(
         return Err(CudaError::Append { problem: "fewer blocks or rows than asked for" });
     }
     let f = device.function(&Build::dense(tables.bits, tables.dim), name, shared)?;
-    let record = device.upload(&history.record(pool))?;
     let args = DenseArgs {
         pointers: [
             pool.blocks.at(),

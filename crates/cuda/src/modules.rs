@@ -84,7 +84,7 @@ fn decode_shared(bits: usize, dim: usize, group: usize, turned: usize) -> (usize
     let columns = if series > 0 { 2048 + series * 6 * 512 } else { 0 };
     (
         turned * 4096 + dim * 128 + dim * 4 + group * dim * 4 + 64 + columns,
-        2 * unit + 2 * 512 + dim * 4 + 256 + group * (256 + 256 + 128 + 10 * dim) + 64,
+        2 * unit + 2 * 512 + dim * 4 + 256 + group * (256 + 256 + 128 + 6 * dim) + 64,
     )
 }
 
@@ -110,13 +110,20 @@ pub fn group_of(heads: usize) -> usize {
 }
 
 impl DecodeShape {
-    /// As many warps as fit the shared memory of a block, up to 16. `fast` slabs have pairs that turn too far within a block
+    /// As many warps as fit the shared memory of a block, up to what their registers allow. `fast` slabs have pairs that turn too far within a block
     /// for a series; several query heads turn all keys, since their series would not fit a product's columns.
     pub fn new(bits: usize, dim: usize, group: usize, fast: usize, limit: usize) -> Self {
         let turned = if group == 1 { fast.min(dim / SLAB) } else { dim / SLAB };
         let (fixed, warp) = decode_shared(bits, dim, group, turned);
-        let most = (limit.saturating_sub(fixed) / warp).clamp(1, 16);
-        DecodeShape { warps: most, shared: fixed + warp * most, group, turned }
+        let fit = (limit.saturating_sub(fixed) / warp).max(1);
+        // More warps leave each fewer registers: 20 have 96, 16 have 128, 12 have 168.
+        let tiers: &[usize] = match (group, bits) {
+            (1, 2) if dim <= 128 => &[20, 16, 12],
+            (1, _) if dim <= 128 => &[16, 12],
+            _ => &[12],
+        };
+        let warps = tiers.iter().copied().find(|t| *t <= fit).unwrap_or(fit);
+        DecodeShape { warps, shared: fixed + warp * warps, group, turned }
     }
 }
 
@@ -130,14 +137,7 @@ impl Build {
         let DecodeShape { warps, shared, group, turned } = shape;
         Self::of(
             Source::Decode,
-            &[
-                ("BITS", bits),
-                ("DIM", dim),
-                ("GROUP", group),
-                ("WARPS", warps),
-                ("SHARED", shared),
-                ("TURNED", turned),
-            ],
+            &[("BITS", bits), ("DIM", dim), ("GROUP", group), ("WARPS", warps), ("SHARED", shared), ("TURNED", turned)],
         )
     }
     /// Append.
@@ -176,11 +176,12 @@ impl Build {
 
     fn full_text(&self) -> String {
         let common = [include_str!("../kernels/layout.cuh"), include_str!("../kernels/device.cuh")].concat();
-        let codes = match self.source {
-            Source::Decode | Source::Dense => include_str!("../kernels/codes.cuh"),
-            _ => "",
-        };
-        [&common, codes, self.source.text()].concat()
+        let (codes, series) = (include_str!("../kernels/codes.cuh"), include_str!("../kernels/series.cuh"));
+        match self.source {
+            Source::Decode => [&common, codes, series, self.source.text()].concat(),
+            Source::Dense => [&common, codes, self.source.text()].concat(),
+            _ => [&common, self.source.text()].concat(),
+        }
     }
 
     fn options(&self, arch: &str) -> Vec<String> {

@@ -185,9 +185,10 @@ impl Prefill {
             self.section(device, &s, last && tokens == 0)?;
         }
         let all = tokens.div_ceil(BLOCK);
+        let record = device.upload(&history.record(pool))?;
         for first in (0..all).step_by(blocks) {
             let n = blocks.min(all - first);
-            dense(device, tables, pool, history, turns, DenseOut::Halves(rows), first, n, blocks * BLOCK)?;
+            dense(device, tables, pool, (history, &record), turns, DenseOut::Halves(rows), first, n, blocks * BLOCK)?;
             let keys = (tokens - first * BLOCK).min(n * BLOCK);
             let visible = seen as isize - (exact_rows + first * BLOCK) as isize;
             let s = Section { rows, keys, capacity: blocks * BLOCK, visible };

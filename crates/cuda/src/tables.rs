@@ -237,8 +237,7 @@ impl Turns {
     /// # Errors
     /// Memory is short.
     pub fn angles(&self, device: &Device, first: usize, tokens: usize) -> Result<Buffer, CudaError> {
-        let all: Vec<[f32; 2]> =
-            (first..first + tokens).flat_map(|p| angles(&self.frequencies, p as f64)).collect();
+        let all: Vec<[f32; 2]> = (first..first + tokens).flat_map(|p| angles(&self.frequencies, p as f64)).collect();
         device.upload(&all)
     }
 }
