@@ -3,36 +3,17 @@
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
+pub(in super::super) use super::super::rows::{ByBlock, ROWS, Row};
 use super::super::view::{CodedView, TOKENS};
 use super::super::{BLOCKS, BlockView, Rows, SideView, State, avx512};
 use super::ahead::Ahead;
 use super::{float, mix, outliers, score, softmax};
 use crate::rope::{BlockTable, Rotation};
 
-/// Rows that are multiplied at a time: their sums stay in registers.
-pub(in super::super) const ROWS: usize = 4;
-
-/// One row of scores or probabilities over a block.
-pub(in super::super) type Row = [f32; TOKENS];
-
 /// Two vectors of a tile.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(in super::super) struct Line(pub [[i32; 8]; 2]);
-
-/// The same rows of some blocks: row r of block b at `rows[b * step + r]`.
-#[derive(Clone, Copy)]
-pub(in super::super) struct ByBlock<'a> {
-    pub rows: &'a [Row],
-    pub step: usize,
-}
-
-impl<'a> ByBlock<'a> {
-    #[inline(always)]
-    pub fn row(&self, block: usize, row: usize) -> &'a Row {
-        &self.rows[block * self.step + row]
-    }
-}
 
 /// Signposts of a channel in the order of [`crate::rope::shuffled`].
 #[derive(Clone, Copy)]

@@ -1,21 +1,30 @@
 //! The block that comes next, asked for a few lines at a time: blocks lie apart, where no CPU looks ahead by itself, and a
 //! burst of requests would wait for the ones before it.
 
-use std::arch::x86_64::*;
-
-use super::super::SideView;
+use super::SideView;
 
 const LINE: usize = 64;
 
 /// Lines of one side that are still to be asked for.
-pub(in super::super) struct Ahead<'a> {
+pub(super) struct Ahead<'a> {
     parts: [&'a [u8]; 5],
     part: usize,
 }
 
-fn ask(byte: &u8) {
-    // SAFETY: a prefetch changes nothing that a program can see. SSE is part of x86-64.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(byte).cast()) };
+/// A prefetch changes nothing that a program can see, at any address.
+#[inline(always)]
+fn ask(byte: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: nothing is read or written. SSE is part of x86-64.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(byte.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: nothing is read or written; the instruction is part of aarch64.
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) byte, options(nostack, preserves_flags, readonly));
+    }
 }
 
 impl<'a> Ahead<'a> {
@@ -50,7 +59,7 @@ impl<'a> Ahead<'a> {
                     }
                 }
                 [] | [_] => {
-                    part.first().inspect(|byte| ask(byte));
+                    part.first().inspect(|byte| ask(*byte));
                     self.part += 1;
                 }
             }
@@ -66,6 +75,15 @@ impl<'a> Ahead<'a> {
 }
 
 /// Lines to ask for beside a unit of `bits`-bit codes: as many as such a unit has, and something for what is not codes.
-pub(in super::super) const fn lines_a_unit(bits: u32) -> usize {
+pub(super) const fn lines_a_unit(bits: u32) -> usize {
     bits as usize / 2 + 1
+}
+
+/// Asks for all lines of a slice.
+pub(super) fn prefetch_lines<T>(of: &[T]) {
+    let (first, bytes) = (of.as_ptr().cast::<u8>(), size_of_val(of));
+    // A slice begins anywhere in a line: its last byte may lie in one more than its length says.
+    for at in (0..bytes).step_by(LINE).chain(bytes.checked_sub(1)) {
+        ask(first.wrapping_add(at));
+    }
 }

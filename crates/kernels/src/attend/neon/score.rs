@@ -1,0 +1,312 @@
+//! Scores from codes with static tables.
+//!
+//! Pass 1, once for all rows: signposts in half steps, turned by their place in the block, four channels of a unit side by
+//! side. Pass 2: products with integer queries, summed in 32 bits. Outliers, a hundredth of the entries, are added in f32.
+//!
+//! ```text
+//! keys   [8 chunks of 8 tokens][head_dim / 4 units] lines of 4 vectors
+//!        DOT   high bytes of tokens 0-3: (a b c d) each, of tokens 4-7; then their low bytes less 128, likewise
+//!        else  a, b, c, d: 8 tokens of 16 bits each
+//! ```
+//!
+//! DOT: with k = 256 h + 128 + l and q = 256 Q + r, q k = 65536 Q h + 256 (r h + Q l) + 128 q + r l; the last is left out.
+//!
+//! Overflow: a turned channel is at most 2 sqrt(2) * 8191 + 2 half steps. Without DOT, queries are scaled so that the sum of
+//! their magnitudes times that stays below 2^31; with it, a channel adds at most 2^15 to a sum.
+
+use std::arch::aarch64::*;
+
+use kvquant_quant::TOP;
+use kvquant_quant::pack::UNIT_CHANNELS;
+
+use super::super::ahead::{Ahead, lines_a_unit};
+use super::super::by_const::{by_rows, by_width, units};
+use super::super::rows::{ROWS, Row};
+use super::super::view::{CodedView, Run, TOKENS};
+use super::decode::{Line, Scratch};
+use super::unpack::{self, BYTES, Entries, Signposts};
+use super::outliers::score as outliers_of;
+use super::{LANES, load, store};
+use crate::neon::{add_fraction, dot};
+use crate::rope::{BlockTable, Turns16};
+
+/// Sum of the magnitudes of an integer query of 16 bits.
+const QUERY_SUM: f32 = (i32::MAX as f64 / (2.0 * TOP as f64 * std::f64::consts::SQRT_2 + 4.0)) as f32 - 1024.0;
+
+/// The largest query of two signed bytes.
+pub(super) const TWO_BYTES: f32 = 32639.0;
+
+/// Tokens of a line of keys.
+const CHUNK: usize = 8;
+
+/// # Safety
+/// Where DOT is true, the CPU has the dot product extension and RDM.
+#[target_feature(enable = "neon")]
+pub(super) unsafe fn coded<const DOT: bool>(
+    s: &mut Scratch,
+    d: usize,
+    v: &CodedView<'_>,
+    turn: Option<&BlockTable>,
+    ahead: &mut Ahead<'_>,
+    scores: &mut [Row],
+) {
+    s.keys.resize(TOKENS / CHUNK * d / UNIT_CHANNELS, Line([0; 64]));
+    let keys = &mut s.keys[..];
+    let ordered = v.lut.order.is_empty();
+    if !ordered {
+        s.signposts.resize(d, [0; TOKENS]);
+    }
+    for run in v.runs() {
+        if ordered {
+            // SAFETY: passed on.
+            unsafe { by_width!(run, turned::<_, DOT>(v, &run, turn, ahead, keys)) };
+        } else {
+            by_width!(run, signposts::<_>(v, &run, ahead, &mut s.signposts));
+        }
+    }
+    if !ordered {
+        for (u, four) in s.signposts.as_chunks::<UNIT_CHANNELS>().0.iter().enumerate() {
+            for (t, place) in (0..TOKENS).step_by(BYTES).enumerate() {
+                let posts = four.each_ref().map(|channel| [place, place + CHUNK].map(|at| words(&channel[at..])));
+                // SAFETY: passed on.
+                unsafe { turn_sixteen::<DOT>(posts, u, t, turn, keys) };
+            }
+        }
+    }
+    let steps = if ordered { v.lut.steps } else { &s.steps };
+    s.ints.resize(ROWS * d, 0);
+    for (q, scores) in s.local.chunks(ROWS * d).zip(scores.chunks_mut(ROWS)) {
+        // SAFETY: passed on.
+        unsafe { by_rows!(scores.len(), rows::<_, DOT>(q, d, steps, keys, &mut s.ints, scores)) };
+        by_rows!(scores.len(), outliers_of::<_>(&mut s.outliers, q, d, v, turn, scores));
+    }
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn words(from: &[i16]) -> int16x8_t {
+    let from: &[i16; CHUNK] = from.first_chunk().expect("whole chunks");
+    // SAFETY: 8 readable words.
+    unsafe { vld1q_s16(from.as_ptr()) }
+}
+
+/// Puts steps in the order of channels, where that is not the order of places.
+pub(super) fn steps_by_channel(v: &CodedView<'_>, to: &mut Vec<f32>) {
+    to.resize(v.lut.order.len(), 0.0);
+    for (&c, &step) in v.lut.order.iter().zip(v.lut.steps) {
+        to[c as usize] = step;
+    }
+}
+
+/// Signposts of a run, channel by channel, where channels lie in another order.
+#[target_feature(enable = "neon")]
+fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'_>, rows: &mut [[i16; TOKENS]]) {
+    for (u, unit) in units::<B>(run) {
+        ahead.lines(lines_a_unit(B));
+        for c in 0..UNIT_CHANNELS {
+            let place = u * UNIT_CHANNELS + c;
+            let entries = Entries::doubled(v.table(place).0);
+            let row = rows[v.channel(place)].as_chunks_mut::<CHUNK>().0;
+            for h in 0..2 {
+                let [low, high] = unpack::codes::<B>(unit, c, h);
+                for i in 0..2 {
+                    let first = (TOKENS / 2 * i + BYTES * h) / CHUNK;
+                    for (j, x) in entries.words::<B>(low[i], high[i]).into_iter().enumerate() {
+                        // SAFETY: 8 writable words.
+                        unsafe { vst1q_s16(row[first + j].as_mut_ptr(), x) };
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Pass 1, for a run of units whose channels lie in their own order.
+///
+/// # Safety
+/// As [`coded`].
+#[target_feature(enable = "neon")]
+unsafe fn turned<const B: u32, const DOT: bool>(
+    v: &CodedView<'_>,
+    run: &Run<'_>,
+    turn: Option<&BlockTable>,
+    ahead: &mut Ahead<'_>,
+    keys: &mut [Line],
+) {
+    for (u, unit) in units::<B>(run) {
+        ahead.lines(lines_a_unit(B));
+        let entries = v.four_tables(u * UNIT_CHANNELS).map(|table| Entries::doubled(table));
+        for h in 0..2 {
+            let codes: [_; UNIT_CHANNELS] = std::array::from_fn(|c| unpack::codes::<B>(unit, c, h));
+            for i in 0..2 {
+                let posts = std::array::from_fn(|c| entries[c].words::<B>(codes[c][0][i], codes[c][1][i]));
+                // SAFETY: passed on.
+                unsafe { turn_sixteen::<DOT>(posts, u, h + 2 * i, turn, keys) };
+            }
+        }
+    }
+}
+
+/// Turns 16 tokens, of which there are `sixteen` times as many before them, of unit `u`, and stores their lines.
+///
+/// # Safety
+/// As [`coded`].
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn turn_sixteen<const DOT: bool>(
+    posts: [Signposts; UNIT_CHANNELS],
+    u: usize,
+    sixteen: usize,
+    turn: Option<&BlockTable>,
+    keys: &mut [Line],
+) {
+    let units = keys.len() / (TOKENS / CHUNK);
+    for j in 0..2 {
+        let chunk = 2 * sixteen + j;
+        let mut four = posts.map(|channel| channel[j]);
+        if let Some(table) = turn {
+            for pair in 0..2 {
+                let Turns16([cos, sin]) = &table.wide16[2 * u + pair];
+                let (c, s) = (words(&cos[CHUNK * chunk..]), words(&sin[CHUNK * chunk..]));
+                let (x, y) = (four[2 * pair], four[2 * pair + 1]);
+                // SAFETY: passed on.
+                unsafe {
+                    four[2 * pair] = add_fraction::<DOT, true>(vqrdmulhq_s16(x, c), y, s);
+                    four[2 * pair + 1] = add_fraction::<DOT, false>(vqrdmulhq_s16(x, s), y, c);
+                }
+            }
+        }
+        let line = if DOT { split(four) } else { four.map(|x| vreinterpretq_u8_s16(x)) };
+        let Line(to) = &mut keys[chunk * units + u];
+        for (to, x) in to.as_chunks_mut::<BYTES>().0.iter_mut().zip(line) {
+            // SAFETY: 16 writable bytes.
+            unsafe { vst1q_u8(to.as_mut_ptr(), x) };
+        }
+    }
+}
+
+/// High bytes, and low bytes less 128, of four channels side by side.
+#[inline]
+#[target_feature(enable = "neon")]
+fn split([a, b, c, d]: [int16x8_t; UNIT_CHANNELS]) -> [uint8x16_t; 4] {
+    let unsigned = |x| vreinterpretq_u16_s16(x);
+    let high = |x, y| vsriq_n_u16::<8>(unsigned(y), unsigned(x));
+    let low = |x, y| veorq_u16(vsliq_n_u16::<8>(unsigned(x), unsigned(y)), vdupq_n_u16(0x8080));
+    let side_by_side = |x, y| [vzip1q_u16(x, y), vzip2q_u16(x, y)].map(|x| vreinterpretq_u8_u16(x));
+    let ([h0, h1], [l0, l1]) = (side_by_side(high(a, b), high(c, d)), side_by_side(low(a, b), low(c, d)));
+    [h0, h1, l0, l1]
+}
+
+/// An integer query: each channel times its step, scaled by the inverse of the returned factor and rounded, of magnitudes up
+/// to `most` and up to `total` together.
+#[inline]
+#[target_feature(enable = "neon")]
+fn integers(q: &[f32], steps: &[f32], most: f32, total: f32, ints: &mut [i16]) -> f32 {
+    let both = || q.as_chunks::<LANES>().0.iter().zip(steps.as_chunks::<LANES>().0);
+    let stepped = |(q, step): (&[f32; LANES], &[f32; LANES])| vmulq_f32(load(q), load(step));
+    let (mut top, mut sum) = (vdupq_n_f32(0.0), vdupq_n_f32(0.0));
+    for four in both() {
+        let x = vabsq_f32(stepped(four));
+        top = vmaxnmq_f32(top, x);
+        sum = vaddq_f32(sum, x);
+    }
+    let (top, sum) = (vmaxnmvq_f32(top), vaddvq_f32(sum));
+    let factor = if sum > 0.0 { (most / top).min(total / sum) } else { 0.0 };
+    // A query of zeros, or one too small to scale, scores 0.
+    let factor = if factor.is_finite() { factor } else { 0.0 };
+    for (four, to) in both().zip(ints.as_chunks_mut::<LANES>().0) {
+        let x = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(stepped(four), factor)));
+        // SAFETY: 4 writable words.
+        unsafe { vst1_s16(to.as_mut_ptr(), x) };
+    }
+    if factor > 0.0 { 1.0 / factor } else { 0.0 }
+}
+
+/// Pass 2: scores of R rows.
+///
+/// # Safety
+/// As [`coded`].
+#[target_feature(enable = "neon")]
+unsafe fn rows<const R: usize, const DOT: bool>(
+    q: &[f32],
+    d: usize,
+    steps: &[f32],
+    keys: &[Line],
+    ints: &mut [i16],
+    scores: &mut [Row],
+) {
+    let units = d / UNIT_CHANNELS;
+    let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
+    // What a row's integers are multiplied with, and what is added to their sums.
+    let (mut factors, mut offsets) = ([0.0; R], [0.0; R]);
+    for r in 0..R {
+        let (q, ints) = (&q[r * d..(r + 1) * d], &mut ints[r * d..(r + 1) * d]);
+        let (most, total) = if DOT { (TWO_BYTES, f32::INFINITY) } else { (32767.0, QUERY_SUM) };
+        // Keys are half steps.
+        factors[r] = 0.5 * integers(q, steps, most, total, ints);
+        if DOT {
+            offsets[r] = 128.0 * ints.iter().map(|&x| x as i32).sum::<i32>() as f32;
+            for unit in ints.as_chunks_mut::<UNIT_CHANNELS>().0 {
+                let high = unit.map(|x| (x + 128) >> 8);
+                let low: [_; UNIT_CHANNELS] = std::array::from_fn(|c| unit[c] - (high[c] << 8));
+                let word = |bytes: [i16; UNIT_CHANNELS]| bytes.map(|x| x as u8);
+                let both = [word(high), word(low)];
+                *unit = bytemuck::cast(both);
+            }
+        }
+    }
+    let queries: [&[[i16; UNIT_CHANNELS]]; R] = std::array::from_fn(|r| ints[r * d..(r + 1) * d].as_chunks().0);
+    for (chunk, lines) in keys.chunks_exact(units).enumerate() {
+        let mut sums = [[vdupq_n_s32(0); 4]; R];
+        for (u, Line(line)) in lines.iter().enumerate() {
+            let mut k = [vdupq_n_u8(0); 4];
+            for (k, from) in k.iter_mut().zip(line.as_chunks::<BYTES>().0) {
+                // SAFETY: 16 readable bytes.
+                *k = unsafe { vld1q_u8(from.as_ptr()) };
+            }
+            for r in 0..R {
+                // SAFETY: every query has as many units as a chunk has lines.
+                let q = unsafe { queries[r].get_unchecked(u) };
+                let sums = &mut sums[r];
+                if DOT {
+                    let k = k.map(|x| vreinterpretq_s8_u8(x));
+                    // SAFETY: two readable words; passed on.
+                    unsafe {
+                        let word = |i| vreinterpretq_s8_s32(vld1q_dup_s32(q.as_ptr().cast::<i32>().add(i)));
+                        let (high, low) = (word(0), word(1));
+                        for i in 0..2 {
+                            sums[i] = dot::<DOT>(sums[i], k[i], high);
+                            sums[2 + i] = dot::<DOT>(sums[2 + i], k[i], low);
+                            sums[2 + i] = dot::<DOT>(sums[2 + i], k[2 + i], high);
+                        }
+                    }
+                } else {
+                    let k = k.map(|x| vreinterpretq_s16_u8(x));
+                    // SAFETY: 4 readable words.
+                    let q = unsafe { vld1_s16(q.as_ptr()) };
+                    sums[0] = vmlal_lane_s16::<0>(sums[0], vget_low_s16(k[0]), q);
+                    sums[1] = vmlal_high_lane_s16::<0>(sums[1], k[0], q);
+                    sums[2] = vmlal_lane_s16::<1>(sums[2], vget_low_s16(k[1]), q);
+                    sums[3] = vmlal_high_lane_s16::<1>(sums[3], k[1], q);
+                    sums[0] = vmlal_lane_s16::<2>(sums[0], vget_low_s16(k[2]), q);
+                    sums[1] = vmlal_high_lane_s16::<2>(sums[1], k[2], q);
+                    sums[2] = vmlal_lane_s16::<3>(sums[2], vget_low_s16(k[3]), q);
+                    sums[3] = vmlal_high_lane_s16::<3>(sums[3], k[3], q);
+                }
+            }
+        }
+        for r in 0..R {
+            let to = scores[r][CHUNK * chunk..][..CHUNK].as_chunks_mut::<LANES>().0;
+            for i in 0..2 {
+                let (x, y) = (sums[r][i], sums[r][2 + i]);
+                let x = if DOT {
+                    let x = vfmaq_n_f32(vdupq_n_f32(offsets[r]), vcvtq_f32_s32(x), 65536.0);
+                    vfmaq_n_f32(x, vcvtq_f32_s32(y), 256.0)
+                } else {
+                    vcvtq_f32_s32(vaddq_s32(x, y))
+                };
+                store(&mut to[i], vmulq_n_f32(x, factors[r]));
+            }
+        }
+    }
+}
