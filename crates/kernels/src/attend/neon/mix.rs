@@ -194,7 +194,8 @@ unsafe fn by_units<const B: u32, const R: usize, const DOT: bool>(
             for (vectors, ints) in vectors[..blocks.len()].iter().zip(ints) {
                 let vectors = &vectors[unit..][..B as usize];
                 for h in 0..2 {
-                    let [low, high] = codes::<B>(vectors, c, h);
+                    // SAFETY: the CPU has NEON here.
+                    let [low, high] = unsafe { codes::<B>(vectors, c, h) };
                     for i in 0..2 {
                         if DOT {
                             let [l, h_] = entries.bytes::<B>(low[i], high[i]).map(|x| vreinterpretq_s8_u8(x));

@@ -108,7 +108,8 @@ fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'
             let entries = Entries::doubled(v.table(place).0);
             let row = rows[v.channel(place)].as_chunks_mut::<CHUNK>().0;
             for h in 0..2 {
-                let [low, high] = unpack::codes::<B>(unit, c, h);
+                // SAFETY: the CPU has NEON here.
+                let [low, high] = unsafe { unpack::codes::<B>(unit, c, h) };
                 for i in 0..2 {
                     let first = (TOKENS / 2 * i + BYTES * h) / CHUNK;
                     for (j, x) in entries.words::<B>(low[i], high[i]).into_iter().enumerate() {
@@ -137,7 +138,8 @@ unsafe fn turned<const B: u32, const DOT: bool>(
         ahead.lines(lines_a_unit(B));
         let entries = v.four_tables(u * UNIT_CHANNELS).map(|table| Entries::doubled(table));
         for h in 0..2 {
-            let codes: [_; UNIT_CHANNELS] = std::array::from_fn(|c| unpack::codes::<B>(unit, c, h));
+            // SAFETY: the CPU has NEON here.
+            let codes = [0, 1, 2, 3].map(|c| unsafe { unpack::codes::<B>(unit, c, h) });
             for i in 0..2 {
                 let posts = std::array::from_fn(|c| entries[c].words::<B>(codes[c][0][i], codes[c][1][i]));
                 // SAFETY: passed on.
@@ -147,12 +149,12 @@ unsafe fn turned<const B: u32, const DOT: bool>(
     }
 }
 
-/// Turns 16 tokens, of which there are `sixteen` times as many before them, of unit `u`, and stores their lines.
+/// Turns 16 tokens of unit `u`, which `sixteen` times as many precede, and stores their lines.
 ///
 /// # Safety
-/// As [`coded`].
-#[inline]
-#[target_feature(enable = "neon")]
+/// The CPU has NEON; where DOT is true, also RDM.
+// Inlined at any size, as what it is given lies in registers.
+#[inline(always)]
 unsafe fn turn_sixteen<const DOT: bool>(
     posts: [Signposts; UNIT_CHANNELS],
     u: usize,
@@ -163,25 +165,38 @@ unsafe fn turn_sixteen<const DOT: bool>(
     let units = keys.len() / (TOKENS / CHUNK);
     for j in 0..2 {
         let chunk = 2 * sixteen + j;
-        let mut four = posts.map(|channel| channel[j]);
-        if let Some(table) = turn {
-            for pair in 0..2 {
-                let Turns16([cos, sin]) = &table.wide16[2 * u + pair];
-                let (c, s) = (words(&cos[CHUNK * chunk..]), words(&sin[CHUNK * chunk..]));
-                let (x, y) = (four[2 * pair], four[2 * pair + 1]);
-                // SAFETY: passed on.
-                unsafe {
-                    four[2 * pair] = add_fraction::<DOT, true>(vqrdmulhq_s16(x, c), y, s);
-                    four[2 * pair + 1] = add_fraction::<DOT, false>(vqrdmulhq_s16(x, s), y, c);
-                }
+        let [mut a, mut b, mut c, mut d] = posts.map(|channel| channel[j]);
+        // SAFETY: passed on; 16 writable bytes a vector.
+        unsafe {
+            if let Some(table) = turn {
+                (a, b) = rotate::<DOT>(a, b, &table.wide16[2 * u], chunk);
+                (c, d) = rotate::<DOT>(c, d, &table.wide16[2 * u + 1], chunk);
+            }
+            let line = if DOT { split([a, b, c, d]) } else { [a, b, c, d].map(|x| vreinterpretq_u8_s16(x)) };
+            let Line(to) = &mut keys[chunk * units + u];
+            for (to, x) in to.as_chunks_mut::<BYTES>().0.iter_mut().zip(line) {
+                vst1q_u8(to.as_mut_ptr(), x);
             }
         }
-        let line = if DOT { split(four) } else { four.map(|x| vreinterpretq_u8_s16(x)) };
-        let Line(to) = &mut keys[chunk * units + u];
-        for (to, x) in to.as_chunks_mut::<BYTES>().0.iter_mut().zip(line) {
-            // SAFETY: 16 writable bytes.
-            unsafe { vst1q_u8(to.as_mut_ptr(), x) };
-        }
+    }
+}
+
+/// # Safety
+/// The CPU has NEON, and RDM where it is true.
+#[inline(always)]
+unsafe fn rotate<const RDM: bool>(
+    x: int16x8_t,
+    y: int16x8_t,
+    Turns16([cos, sin]): &Turns16,
+    chunk: usize,
+) -> (int16x8_t, int16x8_t) {
+    // SAFETY: passed on.
+    unsafe {
+        let (c, s) = (words(&cos[CHUNK * chunk..]), words(&sin[CHUNK * chunk..]));
+        (
+            add_fraction::<RDM, true>(vqrdmulhq_s16(x, c), y, s),
+            add_fraction::<RDM, false>(vqrdmulhq_s16(x, s), y, c),
+        )
     }
 }
 

@@ -37,37 +37,53 @@ fn fields(x: uint8x16_t, low: u32, high: u32, mask: u8) -> Codes {
     [field(low), field(high)]
 }
 
-/// Codes of channel c of a unit's plane of B bits, 0 to 4.
+/// The fourth bits of the nibbles of a 3-bit plane, which are its last channel's codes.
 #[inline]
 #[target_feature(enable = "neon")]
-fn plane<const B: u32>(unit: &[[u8; VECTOR]], c: usize, h: usize) -> Codes {
-    match B {
-        0 => [vdupq_n_u8(0); 2],
-        1 => fields(vector(&unit[0], h), 2 * c as u32, 2 * c as u32 + 1, 1),
-        2 => {
-            let first = 4 * (c as u32 % 2);
-            fields(vector(&unit[c / 2], h), first, first + 2, 3)
+fn fourth_bits(unit: &[[u8; VECTOR]], h: usize) -> uint8x16_t {
+    let bit = |v, mask: u8| vandq_u8(v, vdupq_n_u8(mask));
+    let (x, y, z) = (vector(&unit[0], h), vector(&unit[1], h), vector(&unit[2], h));
+    let low = vorrq_u8(bit(vshrq_n_u8::<3>(x), 0x11), bit(vshrq_n_u8::<2>(y), 0x22));
+    vorrq_u8(low, bit(vshrq_n_u8::<1>(z), 0x44))
+}
+
+/// Codes of channel c of a unit's plane of B bits, 0 to 4.
+///
+/// # Safety
+/// The CPU has NEON.
+// Inlined at any size: a call would pass vectors through memory. No function with a target feature can ask for that.
+#[inline(always)]
+unsafe fn plane<const B: u32>(unit: &[[u8; VECTOR]], c: usize, h: usize) -> Codes {
+    // SAFETY: passed on.
+    unsafe {
+        match B {
+            0 => [vdupq_n_u8(0); 2],
+            1 => fields(vector(&unit[0], h), 2 * c as u32, 2 * c as u32 + 1, 1),
+            2 => {
+                let first = 4 * (c as u32 % 2);
+                fields(vector(&unit[c / 2], h), first, first + 2, 3)
+            }
+            3 if c == 3 => fields(fourth_bits(unit, h), 0, 4, 15),
+            _ => fields(vector(&unit[c], h), 0, 4, 15),
         }
-        3 if c == 3 => {
-            let bit = |v, mask: u8| vandq_u8(v, vdupq_n_u8(mask));
-            let (x, y, z) = (vector(&unit[0], h), vector(&unit[1], h), vector(&unit[2], h));
-            let low = vorrq_u8(bit(vshrq_n_u8::<3>(x), 0x11), bit(vshrq_n_u8::<2>(y), 0x22));
-            fields(vorrq_u8(low, bit(vshrq_n_u8::<1>(z), 0x44)), 0, 4, 15)
-        }
-        _ => fields(vector(&unit[c], h), 0, 4, 15),
     }
 }
 
 /// Codes of channel c of a unit of B bits, of half `h` of each vector: those of the low plane, and those of the high plane
 /// where B is above 4.
-#[inline]
-#[target_feature(enable = "neon")]
-pub(super) fn codes<const B: u32>(unit: &[[u8; VECTOR]], c: usize, h: usize) -> [Codes; 2] {
-    match B {
-        5 => [plane::<4>(unit, c, h), plane::<1>(&unit[4..], c, h)],
-        6 => [plane::<4>(unit, c, h), plane::<2>(&unit[4..], c, h)],
-        7 => [plane::<4>(unit, c, h), plane::<3>(&unit[4..], c, h)],
-        _ => [plane::<B>(unit, c, h), plane::<0>(&[], c, h)],
+///
+/// # Safety
+/// The CPU has NEON.
+#[inline(always)]
+pub(super) unsafe fn codes<const B: u32>(unit: &[[u8; VECTOR]], c: usize, h: usize) -> [Codes; 2] {
+    // SAFETY: passed on.
+    unsafe {
+        match B {
+            5 => [plane::<4>(unit, c, h), plane::<1>(&unit[4..], c, h)],
+            6 => [plane::<4>(unit, c, h), plane::<2>(&unit[4..], c, h)],
+            7 => [plane::<4>(unit, c, h), plane::<3>(&unit[4..], c, h)],
+            _ => [plane::<B>(unit, c, h), plane::<0>(&[], c, h)],
+        }
     }
 }
 
@@ -168,7 +184,8 @@ fn dequant_run<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, rows: &mut [[f32;
             let entries = Entries::of(table);
             let row = rows[v.channel(place)].as_chunks_mut::<LANES>().0;
             for h in 0..2 {
-                let [low, high] = codes::<B>(unit, c, h);
+                // SAFETY: the CPU has NEON here.
+                let [low, high] = unsafe { codes::<B>(unit, c, h) };
                 for i in 0..2 {
                     let first = (TOKENS / 2 * i + BYTES * h) / LANES;
                     for (part, x) in entries.words::<B>(low[i], high[i]).into_iter().enumerate() {
