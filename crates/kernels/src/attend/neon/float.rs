@@ -35,13 +35,25 @@ impl<'a> Tile<'a> {
         Tile::Float(room.as_chunks().0)
     }
 
-    #[inline]
-    #[target_feature(enable = "neon")]
-    fn strip(self, channel: usize, first: usize) -> [float32x4_t; VECTORS] {
-        std::array::from_fn(|i| match self {
-            Tile::Half(x) => halves(&x[channel].as_chunks().0[first / LANES + i]),
-            Tile::Float(x) => load(&x[channel].as_chunks().0[first / LANES + i]),
-        })
+    /// Tokens `first .. first + 16` of a channel.
+    ///
+    /// # Safety
+    /// The CPU has NEON.
+    #[inline(always)]
+    unsafe fn strip(self, channel: usize, first: usize) -> [float32x4_t; VECTORS] {
+        // SAFETY: passed on.
+        unsafe {
+            match self {
+                Tile::Half(from) => {
+                    let [a, b, c, d] = from[channel].as_chunks::<LANES>().0.as_chunks::<VECTORS>().0[first / STRIP];
+                    [halves(&a), halves(&b), halves(&c), halves(&d)]
+                }
+                Tile::Float(from) => {
+                    let [a, b, c, d] = from[channel].as_chunks::<LANES>().0.as_chunks::<VECTORS>().0[first / STRIP];
+                    [load(&a), load(&b), load(&c), load(&d)]
+                }
+            }
+        }
     }
 }
 
@@ -67,7 +79,8 @@ fn score_rows<const R: usize>(q: &[f32], d: usize, keys: Tile<'_>, turn: Option<
     for first in (0..TOKENS).step_by(STRIP) {
         let mut sums = [[vdupq_n_f32(0.0); VECTORS]; R];
         for pair in 0..d / 2 {
-            let (mut x, mut y) = (keys.strip(2 * pair, first), keys.strip(2 * pair + 1, first));
+            // SAFETY: the CPU has NEON here.
+            let (mut x, mut y) = unsafe { (keys.strip(2 * pair, first), keys.strip(2 * pair + 1, first)) };
             if let Some(table) = turn {
                 let at = pair * TOKENS + first;
                 let cos = table.cos[at..at + STRIP].as_chunks().0;
@@ -108,7 +121,8 @@ fn mix_rows<const R: usize>(weights: &[Row], d: usize, values: Tile<'_>, out: &m
         let mut sums = [[vdupq_n_f32(0.0); 4]; R];
         for first in (0..TOKENS).step_by(STRIP) {
             for c in 0..4 {
-                let x = values.strip(unit + c, first);
+                // SAFETY: the CPU has NEON here.
+                let x = unsafe { values.strip(unit + c, first) };
                 for r in 0..R {
                     let w = weights[r][first..first + STRIP].as_chunks().0;
                     for i in 0..VECTORS {

@@ -10,7 +10,7 @@ use std::arch::aarch64::*;
 use std::ops::Range;
 
 use kvquant_quant::TOP;
-use kvquant_quant::pack::UNIT_CHANNELS;
+use kvquant_quant::pack::{UNIT_CHANNELS, VECTOR};
 
 use super::super::BLOCKS;
 use super::super::ahead::{Ahead, lines_a_unit};
@@ -110,23 +110,23 @@ unsafe fn rows<const R: usize, const DOT: bool>(
 #[inline]
 #[target_feature(enable = "neon")]
 fn scale(v: &CodedView<'_>, group: usize, row: &Row, out: &mut [f32]) -> Weights {
-    let of_group = |from: &[u16], i: usize| halves(from[group * TOKENS..].as_chunks().0[..TOKENS / LANES].get(i).expect("64 tokens"));
     let row = row.as_chunks::<LANES>().0;
     let mut w = [vdupq_n_f32(0.0); TOKENS / LANES];
     for (w, x) in w.iter_mut().zip(row) {
         *w = load(x);
     }
     let Some(s) = &v.scales else { return w };
+    let of_group = group * TOKENS..(group + 1) * TOKENS;
     if !s.zero.is_empty() {
         let mut shift = [vdupq_n_f32(0.0); 4];
-        for (i, w) in w.iter().enumerate() {
-            shift[i % 4] = vfmaq_f32(shift[i % 4], *w, of_group(s.zero, i));
+        for (i, (w, zero)) in w.iter().zip(s.zero[of_group.clone()].as_chunks().0).enumerate() {
+            shift[i % 4] = vfmaq_f32(shift[i % 4], *w, halves(zero));
         }
         let shift = vaddvq_f32(sum_each(shift));
         out.iter_mut().for_each(|o| *o += shift);
     }
-    for (i, w) in w.iter_mut().enumerate() {
-        *w = vmulq_f32(*w, of_group(s.scale, i));
+    for (w, scale) in w.iter_mut().zip(s.scale[of_group].as_chunks().0) {
+        *w = vmulq_f32(*w, halves(scale));
     }
     w
 }
@@ -189,40 +189,13 @@ unsafe fn by_units<const B: u32, const R: usize, const DOT: bool>(
         let mut four = [[vdupq_n_f32(0.0); UNIT_CHANNELS]; R];
         for c in 0..UNIT_CHANNELS {
             let entries = if DOT { Entries::split(tables[c]) } else { Entries::of(tables[c]) };
-            // DOT: products of high bytes, of one each, of low bytes.
             let mut acc = [[vdupq_n_s32(0); 3]; R];
             for (vectors, ints) in vectors[..blocks.len()].iter().zip(ints) {
                 let vectors = &vectors[unit..][..B as usize];
-                for h in 0..2 {
-                    // SAFETY: the CPU has NEON here.
-                    let [low, high] = unsafe { codes::<B>(vectors, c, h) };
-                    for i in 0..2 {
-                        if DOT {
-                            let [l, h_] = entries.bytes::<B>(low[i], high[i]).map(|x| vreinterpretq_s8_u8(x));
-                            for r in 0..R {
-                                // SAFETY: 32 readable bytes; passed on.
-                                unsafe {
-                                    let int8x16x2_t(wh, wl) = vld1q_s8_x2(ints[r].0[h + 2 * i].as_ptr().cast());
-                                    let [a, b, c] = &mut acc[r];
-                                    *a = dot::<DOT>(*a, h_, wh);
-                                    *b = dot::<DOT>(dot::<DOT>(*b, h_, wl), l, wh);
-                                    *c = dot::<DOT>(*c, l, wl);
-                                }
-                            }
-                        } else {
-                            let [x, y] = entries.words::<B>(low[i], high[i]);
-                            for r in 0..R {
-                                // SAFETY: 16 readable words.
-                                let int16x8x2_t(v, w) =
-                                    unsafe { vld1q_s16_x2(ints[r].0[h + 2 * i].as_ptr().cast()) };
-                                let [a, b, _] = &mut acc[r];
-                                *a = vmlal_s16(*a, vget_low_s16(x), vget_low_s16(v));
-                                *b = vmlal_high_s16(*b, x, v);
-                                *a = vmlal_s16(*a, vget_low_s16(y), vget_low_s16(w));
-                                *b = vmlal_high_s16(*b, y, w);
-                            }
-                        }
-                    }
+                // SAFETY: passed on.
+                unsafe {
+                    add_half::<B, R, DOT>(&entries, vectors, c, 0, ints, &mut acc);
+                    add_half::<B, R, DOT>(&entries, vectors, c, 1, ints, &mut acc);
                 }
             }
             for r in 0..R {
@@ -238,6 +211,69 @@ unsafe fn by_units<const B: u32, const R: usize, const DOT: bool>(
         for r in 0..R {
             let to = sums[r * d + place..].first_chunk_mut().expect("a row has head_dim places");
             store(to, sum_each(four[r]));
+        }
+    }
+}
+
+/// [`add_products`] of half `h` of a channel's vectors.
+///
+/// # Safety
+/// As [`add_products`].
+#[inline(always)]
+unsafe fn add_half<const B: u32, const R: usize, const DOT: bool>(
+    entries: &Entries,
+    vectors: &[[u8; VECTOR]],
+    c: usize,
+    h: usize,
+    ints: &[Integers; R],
+    acc: &mut [[int32x4_t; 3]; R],
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let [low, high] = codes::<B>(vectors, c, h);
+        add_products::<B, R, DOT>(entries, low[0], high[0], ints, h, acc);
+        add_products::<B, R, DOT>(entries, low[1], high[1], ints, h + 2, acc);
+    }
+}
+
+/// acc += weights times 16 signposts, those at place `at` of the weights: of DOT, products of high bytes, of one each, of low
+/// bytes.
+///
+/// # Safety
+/// The CPU has NEON, and the dot product extension where DOT.
+#[inline(always)]
+unsafe fn add_products<const B: u32, const R: usize, const DOT: bool>(
+    entries: &Entries,
+    low: uint8x16_t,
+    high: uint8x16_t,
+    ints: &[Integers; R],
+    at: usize,
+    acc: &mut [[int32x4_t; 3]; R],
+) {
+    // SAFETY: 32 readable bytes of weights; passed on.
+    unsafe {
+        if DOT {
+            let [l, h] = entries.bytes::<B>(low, high);
+            let (l, h) = (vreinterpretq_s8_u8(l), vreinterpretq_s8_u8(h));
+            for r in 0..R {
+                let w: *const i8 = ints[r].0[at].as_ptr().cast();
+                let (wh, wl) = (vld1q_s8(w), vld1q_s8(w.add(BYTES)));
+                let [a, b, c] = &mut acc[r];
+                *a = dot::<DOT>(*a, h, wh);
+                *b = dot::<DOT>(dot::<DOT>(*b, h, wl), l, wh);
+                *c = dot::<DOT>(*c, l, wl);
+            }
+        } else {
+            let [x, y] = entries.words::<B>(low, high);
+            for r in 0..R {
+                let w: *const i16 = ints[r].0[at].as_ptr().cast();
+                let (v, w) = (vld1q_s16(w), vld1q_s16(w.add(BYTES / 2)));
+                let [a, b, _] = &mut acc[r];
+                *a = vmlal_s16(*a, vget_low_s16(x), vget_low_s16(v));
+                *b = vmlal_high_s16(*b, x, v);
+                *a = vmlal_s16(*a, vget_low_s16(y), vget_low_s16(w));
+                *b = vmlal_high_s16(*b, y, w);
+            }
         }
     }
 }

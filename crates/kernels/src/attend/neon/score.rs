@@ -17,7 +17,7 @@
 use std::arch::aarch64::*;
 
 use kvquant_quant::TOP;
-use kvquant_quant::pack::UNIT_CHANNELS;
+use kvquant_quant::pack::{UNIT_CHANNELS, VECTOR};
 
 use super::super::ahead::{Ahead, lines_a_unit};
 use super::super::by_const::{by_rows, by_width, units};
@@ -112,9 +112,11 @@ fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'
                 let [low, high] = unsafe { unpack::codes::<B>(unit, c, h) };
                 for i in 0..2 {
                     let first = (TOKENS / 2 * i + BYTES * h) / CHUNK;
-                    for (j, x) in entries.words::<B>(low[i], high[i]).into_iter().enumerate() {
-                        // SAFETY: 8 writable words.
-                        unsafe { vst1q_s16(row[first + j].as_mut_ptr(), x) };
+                    // SAFETY: 8 writable words each; the CPU has NEON here.
+                    unsafe {
+                        let [x, y] = entries.words::<B>(low[i], high[i]);
+                        vst1q_s16(row[first].as_mut_ptr(), x);
+                        vst1q_s16(row[first + 1].as_mut_ptr(), y);
                     }
                 }
             }
@@ -137,14 +139,43 @@ unsafe fn turned<const B: u32, const DOT: bool>(
     for (u, unit) in units::<B>(run) {
         ahead.lines(lines_a_unit(B));
         let entries = v.four_tables(u * UNIT_CHANNELS).map(|table| Entries::doubled(table));
-        for h in 0..2 {
-            // SAFETY: the CPU has NEON here.
-            let codes = [0, 1, 2, 3].map(|c| unsafe { unpack::codes::<B>(unit, c, h) });
-            for i in 0..2 {
-                let posts = std::array::from_fn(|c| entries[c].words::<B>(codes[c][0][i], codes[c][1][i]));
-                // SAFETY: passed on.
-                unsafe { turn_sixteen::<DOT>(posts, u, h + 2 * i, turn, keys) };
-            }
+        // SAFETY: passed on.
+        unsafe {
+            turn_half::<B, DOT>(unit, &entries, u, 0, turn, keys);
+            turn_half::<B, DOT>(unit, &entries, u, 1, turn, keys);
+        }
+    }
+}
+
+/// Turns what half `h` of a unit's vectors holds.
+///
+/// # Safety
+/// As [`turn_sixteen`].
+#[inline(always)]
+unsafe fn turn_half<const B: u32, const DOT: bool>(
+    unit: &[[u8; VECTOR]],
+    entries: &[Entries; UNIT_CHANNELS],
+    u: usize,
+    h: usize,
+    turn: Option<&BlockTable>,
+    keys: &mut [Line],
+) {
+    // SAFETY: passed on.
+    unsafe {
+        let [a, b, c, d] = [
+            unpack::codes::<B>(unit, 0, h),
+            unpack::codes::<B>(unit, 1, h),
+            unpack::codes::<B>(unit, 2, h),
+            unpack::codes::<B>(unit, 3, h),
+        ];
+        for i in 0..2 {
+            let posts = [
+                entries[0].words::<B>(a[0][i], a[1][i]),
+                entries[1].words::<B>(b[0][i], b[1][i]),
+                entries[2].words::<B>(c[0][i], c[1][i]),
+                entries[3].words::<B>(d[0][i], d[1][i]),
+            ];
+            turn_sixteen::<DOT>(posts, u, h + 2 * i, turn, keys);
         }
     }
 }
@@ -162,22 +193,38 @@ unsafe fn turn_sixteen<const DOT: bool>(
     turn: Option<&BlockTable>,
     keys: &mut [Line],
 ) {
-    let units = keys.len() / (TOKENS / CHUNK);
-    for j in 0..2 {
-        let chunk = 2 * sixteen + j;
-        let [mut a, mut b, mut c, mut d] = posts.map(|channel| channel[j]);
-        // SAFETY: passed on; 16 writable bytes a vector.
-        unsafe {
-            if let Some(table) = turn {
-                (a, b) = rotate::<DOT>(a, b, &table.wide16[2 * u], chunk);
-                (c, d) = rotate::<DOT>(c, d, &table.wide16[2 * u + 1], chunk);
-            }
-            let line = if DOT { split([a, b, c, d]) } else { [a, b, c, d].map(|x| vreinterpretq_u8_s16(x)) };
-            let Line(to) = &mut keys[chunk * units + u];
-            for (to, x) in to.as_chunks_mut::<BYTES>().0.iter_mut().zip(line) {
-                vst1q_u8(to.as_mut_ptr(), x);
-            }
+    let [a, b, c, d] = posts;
+    // SAFETY: passed on.
+    unsafe {
+        turn_chunk::<DOT>([a[0], b[0], c[0], d[0]], u, 2 * sixteen, turn, keys);
+        turn_chunk::<DOT>([a[1], b[1], c[1], d[1]], u, 2 * sixteen + 1, turn, keys);
+    }
+}
+
+/// # Safety
+/// As [`turn_sixteen`].
+#[inline(always)]
+unsafe fn turn_chunk<const DOT: bool>(
+    [mut a, mut b, mut c, mut d]: [int16x8_t; UNIT_CHANNELS],
+    u: usize,
+    chunk: usize,
+    turn: Option<&BlockTable>,
+    keys: &mut [Line],
+) {
+    let Line(to) = &mut keys[chunk * (keys.len() / (TOKENS / CHUNK)) + u];
+    // SAFETY: passed on; 64 writable bytes.
+    unsafe {
+        if let Some(table) = turn {
+            (a, b) = rotate::<DOT>(a, b, &table.wide16[2 * u], chunk);
+            (c, d) = rotate::<DOT>(c, d, &table.wide16[2 * u + 1], chunk);
         }
+        let line = if DOT {
+            split([a, b, c, d])
+        } else {
+            let bytes = |x| vreinterpretq_u8_s16(x);
+            uint8x16x4_t(bytes(a), bytes(b), bytes(c), bytes(d))
+        };
+        vst1q_u8_x4(to.as_mut_ptr(), line);
     }
 }
 
@@ -203,13 +250,19 @@ unsafe fn rotate<const RDM: bool>(
 /// High bytes, and low bytes less 128, of four channels side by side.
 #[inline]
 #[target_feature(enable = "neon")]
-fn split([a, b, c, d]: [int16x8_t; UNIT_CHANNELS]) -> [uint8x16_t; 4] {
+fn split([a, b, c, d]: [int16x8_t; UNIT_CHANNELS]) -> uint8x16x4_t {
     let unsigned = |x| vreinterpretq_u16_s16(x);
     let high = |x, y| vsriq_n_u16::<8>(unsigned(y), unsigned(x));
     let low = |x, y| veorq_u16(vsliq_n_u16::<8>(unsigned(x), unsigned(y)), vdupq_n_u16(0x8080));
-    let side_by_side = |x, y| [vzip1q_u16(x, y), vzip2q_u16(x, y)].map(|x| vreinterpretq_u8_u16(x));
-    let ([h0, h1], [l0, l1]) = (side_by_side(high(a, b), high(c, d)), side_by_side(low(a, b), low(c, d)));
-    [h0, h1, l0, l1]
+    let (ab, cd) = (high(a, b), high(c, d));
+    let (low_ab, low_cd) = (low(a, b), low(c, d));
+    let bytes = |x| vreinterpretq_u8_u16(x);
+    uint8x16x4_t(
+        bytes(vzip1q_u16(ab, cd)),
+        bytes(vzip2q_u16(ab, cd)),
+        bytes(vzip1q_u16(low_ab, low_cd)),
+        bytes(vzip2q_u16(low_ab, low_cd)),
+    )
 }
 
 /// An integer query: each channel times its step, scaled by the inverse of the returned factor and rounded, of magnitudes up
@@ -235,6 +288,44 @@ fn integers(q: &[f32], steps: &[f32], most: f32, total: f32, ints: &mut [i16]) -
         unsafe { vst1_s16(to.as_mut_ptr(), x) };
     }
     if factor > 0.0 { 1.0 / factor } else { 0.0 }
+}
+
+/// sums += a line of keys times a query's unit: of DOT, products of high bytes of two times 4 tokens, then those of one each.
+///
+/// # Safety
+/// The CPU has NEON, and the dot product extension where DOT.
+#[inline(always)]
+unsafe fn add_products<const DOT: bool>(k: uint8x16x4_t, q: &[i16; UNIT_CHANNELS], sums: &mut [int32x4_t; 4]) {
+    // SAFETY: two readable 32-bit words, or 4 of 16; passed on.
+    unsafe {
+        let [a, b, c, d] = sums;
+        if DOT {
+            let [k0, k1, k2, k3] =
+                [vreinterpretq_s8_u8(k.0), vreinterpretq_s8_u8(k.1), vreinterpretq_s8_u8(k.2), vreinterpretq_s8_u8(k.3)];
+            let high = vreinterpretq_s8_s32(vld1q_dup_s32(q.as_ptr().cast()));
+            let low = vreinterpretq_s8_s32(vld1q_dup_s32(q.as_ptr().cast::<i32>().add(1)));
+            *a = dot::<DOT>(*a, k0, high);
+            *b = dot::<DOT>(*b, k1, high);
+            *c = dot::<DOT>(dot::<DOT>(*c, k0, low), k2, high);
+            *d = dot::<DOT>(dot::<DOT>(*d, k1, low), k3, high);
+        } else {
+            let [k0, k1, k2, k3] = [
+                vreinterpretq_s16_u8(k.0),
+                vreinterpretq_s16_u8(k.1),
+                vreinterpretq_s16_u8(k.2),
+                vreinterpretq_s16_u8(k.3),
+            ];
+            let q = vld1_s16(q.as_ptr());
+            *a = vmlal_lane_s16::<0>(*a, vget_low_s16(k0), q);
+            *b = vmlal_high_lane_s16::<0>(*b, k0, q);
+            *c = vmlal_lane_s16::<1>(*c, vget_low_s16(k1), q);
+            *d = vmlal_high_lane_s16::<1>(*d, k1, q);
+            *a = vmlal_lane_s16::<2>(*a, vget_low_s16(k2), q);
+            *b = vmlal_high_lane_s16::<2>(*b, k2, q);
+            *c = vmlal_lane_s16::<3>(*c, vget_low_s16(k3), q);
+            *d = vmlal_high_lane_s16::<3>(*d, k3, q);
+        }
+    }
 }
 
 /// Pass 2: scores of R rows.
@@ -274,39 +365,11 @@ unsafe fn rows<const R: usize, const DOT: bool>(
     for (chunk, lines) in keys.chunks_exact(units).enumerate() {
         let mut sums = [[vdupq_n_s32(0); 4]; R];
         for (u, Line(line)) in lines.iter().enumerate() {
-            let mut k = [vdupq_n_u8(0); 4];
-            for (k, from) in k.iter_mut().zip(line.as_chunks::<BYTES>().0) {
-                // SAFETY: 16 readable bytes.
-                *k = unsafe { vld1q_u8(from.as_ptr()) };
-            }
-            for r in 0..R {
-                // SAFETY: every query has as many units as a chunk has lines.
-                let q = unsafe { queries[r].get_unchecked(u) };
-                let sums = &mut sums[r];
-                if DOT {
-                    let k = k.map(|x| vreinterpretq_s8_u8(x));
-                    // SAFETY: two readable words; passed on.
-                    unsafe {
-                        let word = |i| vreinterpretq_s8_s32(vld1q_dup_s32(q.as_ptr().cast::<i32>().add(i)));
-                        let (high, low) = (word(0), word(1));
-                        for i in 0..2 {
-                            sums[i] = dot::<DOT>(sums[i], k[i], high);
-                            sums[2 + i] = dot::<DOT>(sums[2 + i], k[i], low);
-                            sums[2 + i] = dot::<DOT>(sums[2 + i], k[2 + i], high);
-                        }
-                    }
-                } else {
-                    let k = k.map(|x| vreinterpretq_s16_u8(x));
-                    // SAFETY: 4 readable words.
-                    let q = unsafe { vld1_s16(q.as_ptr()) };
-                    sums[0] = vmlal_lane_s16::<0>(sums[0], vget_low_s16(k[0]), q);
-                    sums[1] = vmlal_high_lane_s16::<0>(sums[1], k[0], q);
-                    sums[2] = vmlal_lane_s16::<1>(sums[2], vget_low_s16(k[1]), q);
-                    sums[3] = vmlal_high_lane_s16::<1>(sums[3], k[1], q);
-                    sums[0] = vmlal_lane_s16::<2>(sums[0], vget_low_s16(k[2]), q);
-                    sums[1] = vmlal_high_lane_s16::<2>(sums[1], k[2], q);
-                    sums[2] = vmlal_lane_s16::<3>(sums[2], vget_low_s16(k[3]), q);
-                    sums[3] = vmlal_high_lane_s16::<3>(sums[3], k[3], q);
+            // SAFETY: 64 readable bytes; every query has as many units as a chunk has lines; passed on.
+            unsafe {
+                let k = vld1q_u8_x4(line.as_ptr());
+                for r in 0..R {
+                    add_products::<DOT>(k, queries[r].get_unchecked(u), &mut sums[r]);
                 }
             }
         }

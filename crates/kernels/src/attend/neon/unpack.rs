@@ -125,30 +125,56 @@ impl Entries {
     }
 
     /// Low and high bytes of 16 signposts of a channel of B bits; of 6 and 7 bits, only where they are [`split`](Self::split).
-    #[inline]
-    #[target_feature(enable = "neon")]
-    pub fn bytes<const B: u32>(&self, low: uint8x16_t, high: uint8x16_t) -> [uint8x16_t; 2] {
-        let Entries([a, b]) = *self;
-        [0, 1].map(|i| match B {
-            5 => vqtbl2q_u8(uint8x16x2_t(a[i], b[i]), vsliq_n_u8::<{ LOW_BITS as i32 }>(low, high)),
-            6.. => vaddq_u8(vqtbl1q_u8(a[i], low), vqtbl1q_u8(b[i], high)),
-            _ => vqtbl1q_u8(a[i], low),
-        })
+    ///
+    /// # Safety
+    /// The CPU has NEON.
+    #[inline(always)]
+    pub unsafe fn bytes<const B: u32>(&self, low: uint8x16_t, high: uint8x16_t) -> [uint8x16_t; 2] {
+        let Entries([a, b]) = self;
+        // SAFETY: passed on.
+        unsafe {
+            match B {
+                5 => {
+                    let code = vsliq_n_u8::<{ LOW_BITS as i32 }>(low, high);
+                    [vqtbl2q_u8(uint8x16x2_t(a[0], b[0]), code), vqtbl2q_u8(uint8x16x2_t(a[1], b[1]), code)]
+                }
+                6.. => [
+                    vaddq_u8(vqtbl1q_u8(a[0], low), vqtbl1q_u8(b[0], high)),
+                    vaddq_u8(vqtbl1q_u8(a[1], low), vqtbl1q_u8(b[1], high)),
+                ],
+                _ => [vqtbl1q_u8(a[0], low), vqtbl1q_u8(a[1], low)],
+            }
+        }
     }
 
     /// 16 signposts of a channel of B bits, in steps or half steps.
-    #[inline]
-    #[target_feature(enable = "neon")]
-    pub fn words<const B: u32>(&self, low: uint8x16_t, high: uint8x16_t) -> Signposts {
-        let Entries([a, b]) = *self;
-        let zipped = |[l, h]: [uint8x16_t; 2]| [vzip1q_u8(l, h), vzip2q_u8(l, h)].map(|x| vreinterpretq_s16_u8(x));
-        if B <= LOW_BITS + 1 {
-            return zipped(self.bytes::<B>(low, high));
+    ///
+    /// # Safety
+    /// The CPU has NEON.
+    #[inline(always)]
+    pub unsafe fn words<const B: u32>(&self, low: uint8x16_t, high: uint8x16_t) -> Signposts {
+        let Entries([a, b]) = self;
+        // SAFETY: passed on.
+        unsafe {
+            if B <= LOW_BITS + 1 {
+                let [l, h] = self.bytes::<B>(low, high);
+                return zipped(l, h);
+            }
+            let x = zipped(vqtbl1q_u8(a[0], low), vqtbl1q_u8(a[1], low));
+            let y = zipped(vqtbl1q_u8(b[0], high), vqtbl1q_u8(b[1], high));
+            [vaddq_s16(x[0], y[0]), vaddq_s16(x[1], y[1])]
         }
-        let x = zipped(a.map(|part| vqtbl1q_u8(part, low)));
-        let y = zipped(b.map(|part| vqtbl1q_u8(part, high)));
-        [vaddq_s16(x[0], y[0]), vaddq_s16(x[1], y[1])]
     }
+}
+
+/// Words from their low and high bytes.
+///
+/// # Safety
+/// The CPU has NEON.
+#[inline(always)]
+unsafe fn zipped(l: uint8x16_t, h: uint8x16_t) -> Signposts {
+    // SAFETY: passed on.
+    unsafe { [vreinterpretq_s16_u8(vzip1q_u8(l, h)), vreinterpretq_s16_u8(vzip2q_u8(l, h))] }
 }
 
 /// The whole side as f32, `[head_dim, 64]`.
@@ -188,7 +214,9 @@ fn dequant_run<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, rows: &mut [[f32;
                 let [low, high] = unsafe { codes::<B>(unit, c, h) };
                 for i in 0..2 {
                     let first = (TOKENS / 2 * i + BYTES * h) / LANES;
-                    for (part, x) in entries.words::<B>(low[i], high[i]).into_iter().enumerate() {
+                    // SAFETY: likewise.
+                    let posts = unsafe { entries.words::<B>(low[i], high[i]) };
+                    for (part, x) in posts.into_iter().enumerate() {
                         let fours = [vmovl_s16(vget_low_s16(x)), vmovl_high_s16(x)];
                         for (j, four) in fours.into_iter().enumerate() {
                             store(&mut row[first + 2 * part + j], vmulq_n_f32(vcvtq_f32_s32(four), step));
