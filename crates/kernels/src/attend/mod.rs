@@ -15,6 +15,7 @@
 
 mod ahead;
 mod by_const;
+mod parts;
 mod rows;
 mod scalar;
 mod state;

@@ -12,11 +12,11 @@ use crate::rope::BlockTable;
 /// Keys of a unit, 8 tokens (see [`score`]).
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Line(pub [u8; 64]);
+pub(in super::super) struct Line(pub [u8; 64]);
 
 /// What a thread reuses from block to block.
 #[derive(Default)]
-pub(super) struct Scratch {
+pub(in super::super) struct Scratch {
     /// Queries at the block's origin `[rows, head_dim]`.
     pub local: Vec<f32>,
     /// Integer queries `[4, head_dim]`.
@@ -67,9 +67,34 @@ unsafe fn with<const DOT: bool>(
     table: &BlockTable,
     state: &mut State,
 ) {
-    let (d, n) = (rows.head_dim, rows.len());
+    let n = rows.len();
     let mut weights = std::mem::take(&mut s.weights);
     weights.resize(blocks.len() * n, [0.0; TOKENS]);
+    // SAFETY: passed on.
+    unsafe {
+        scores::<DOT>(s, rows, blocks, next, table, &mut weights);
+        for r in 0..n {
+            softmax(&mut weights[r..], r, n, state);
+        }
+        outputs::<DOT>(s, blocks, next, &weights, rows.head_dim, &mut state.out);
+    }
+    s.weights = weights;
+}
+
+/// Scores `[blocks, rows, 64]`, -inf where a row does not see a token.
+///
+/// # Safety
+/// As [`attend`].
+#[target_feature(enable = "neon")]
+pub(in super::super) unsafe fn scores<const DOT: bool>(
+    s: &mut Scratch,
+    rows: &Rows<'_>,
+    blocks: &[BlockView<'_>],
+    next: &[BlockView<'_>],
+    table: &BlockTable,
+    weights: &mut [Row],
+) {
+    let (d, n) = (rows.head_dim, rows.len());
     s.local.resize(n * d, 0.0);
     let mut before = None;
     for (b, (block, scores)) in blocks.iter().zip(weights.chunks_exact_mut(n)).enumerate() {
@@ -101,10 +126,23 @@ unsafe fn with<const DOT: bool>(
             row[rows.visible(r, block.len)..].fill(f32::NEG_INFINITY);
         }
     }
-    for r in 0..n {
-        softmax(&mut weights[r..], r, n, state);
-    }
-    let mut rest = (blocks, &weights[..]);
+}
+
+/// Adds the outputs of probabilities `[blocks, rows, 64]` to `out` `[rows, head_dim]`.
+///
+/// # Safety
+/// As [`attend`].
+#[target_feature(enable = "neon")]
+pub(in super::super) unsafe fn outputs<const DOT: bool>(
+    s: &mut Scratch,
+    blocks: &[BlockView<'_>],
+    next: &[BlockView<'_>],
+    weights: &[Row],
+    d: usize,
+    out: &mut [f32],
+) {
+    let n = weights.len() / blocks.len();
+    let mut rest = (blocks, weights);
     while let ([first, ..], _) = rest {
         // As many coded blocks at a time as share their tables.
         let mut coded = [None; BLOCKS];
@@ -122,15 +160,14 @@ unsafe fn with<const DOT: bool>(
             Ahead::of(next.get(done + i).filter(|_| i < together.max(1)).map(|next| &next.value))
         });
         match coded {
-            [None, ..] => float::mix(now, &mut s.tile, d, &first.value, first.len, &mut state.out),
+            [None, ..] => float::mix(now, &mut s.tile, d, &first.value, first.len, out),
             [Some(v), ..] => {
                 let views: [CodedView<'_>; BLOCKS] = coded.map(|each| *each.unwrap_or(v));
                 // SAFETY: passed on.
-                unsafe { mix::coded::<DOT>(s, &views[..together], now, d, &mut ahead, &mut state.out) };
+                unsafe { mix::coded::<DOT>(s, &views[..together], now, d, &mut ahead, out) };
             }
         }
         ahead.iter_mut().for_each(Ahead::rest);
         rest = (&rest.0[together.max(1)..], later);
     }
-    s.weights = weights;
 }

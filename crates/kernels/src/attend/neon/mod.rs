@@ -13,10 +13,10 @@
 //! the one pipe: 32; f32 16 conversions at half rate, 40 products: 32. Cores with four pipes keep the order. No such machine
 //! has been measured.
 
-mod decode;
+pub(super) mod decode;
 mod float;
 mod mix;
-mod outliers;
+pub(super) mod outliers;
 mod prefill;
 mod score;
 mod unpack;

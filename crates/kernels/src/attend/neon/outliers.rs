@@ -15,7 +15,7 @@ type Four = [f32; ROWS];
 
 /// What a thread reuses from block to block.
 #[derive(Default)]
-pub(super) struct Scratch {
+pub(in super::super) struct Scratch {
     channels: Vec<Four>,
     tokens: Vec<Four>,
     residuals: Vec<f32>,
@@ -98,13 +98,13 @@ fn add(to: &mut Four, x: float32x4_t, residual: f32) {
 
 /// scores[r][t] += residual * (the query's share of the channel at the token). `q` is `[R, d]`.
 #[target_feature(enable = "neon")]
-pub(super) fn score<const R: usize>(
+pub(in super::super) fn score<const R: usize>(
     s: &mut Scratch,
     q: &[f32],
     d: usize,
     v: &CodedView<'_>,
     turn: Option<&BlockTable>,
-    scores: &mut [Row],
+    scores: &mut [Row; R],
 ) {
     if v.outliers.places.is_empty() {
         return;
@@ -129,13 +129,12 @@ pub(super) fn score<const R: usize>(
             add(&mut sums[t], load(&channels[c]), residual);
         }),
     }
-    let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
     add_to_rows::<R>(sums, scores.each_mut().map(|row| &mut row[..]));
 }
 
 /// out[r][c] += weights[r][t] * residual, over some blocks. `out` is `[R, d]`.
 #[target_feature(enable = "neon")]
-pub(super) fn mix<const R: usize>(
+pub(in super::super) fn mix<const R: usize>(
     s: &mut Scratch,
     blocks: &[CodedView<'_>],
     weights: ByBlock<'_>,

@@ -25,8 +25,7 @@ use super::super::rows::{ROWS, Row};
 use super::super::view::{CodedView, Run, TOKENS};
 use super::decode::{Line, Scratch};
 use super::unpack::{self, BYTES, Entries, Signposts};
-use super::outliers::score as outliers_of;
-use super::{LANES, load, store};
+use super::{LANES, load, outliers, store};
 use crate::neon::{add_fraction, dot};
 use crate::rope::{BlockTable, Turns16};
 
@@ -77,8 +76,7 @@ pub(super) unsafe fn coded<const DOT: bool>(
     s.ints.resize(ROWS * d, 0);
     for (q, scores) in s.local.chunks(ROWS * d).zip(scores.chunks_mut(ROWS)) {
         // SAFETY: passed on.
-        unsafe { by_rows!(scores.len(), rows::<_, DOT>(q, d, steps, keys, &mut s.ints, scores)) };
-        by_rows!(scores.len(), outliers_of::<_>(&mut s.outliers, q, d, v, turn, scores));
+        unsafe { by_rows!(scores.len(), rows::<_, DOT>(q, d, v, steps, turn, keys, &mut s.ints, &mut s.outliers, scores)) };
     }
 }
 
@@ -336,9 +334,12 @@ unsafe fn add_products<const DOT: bool>(k: uint8x16x4_t, q: &[i16; UNIT_CHANNELS
 unsafe fn rows<const R: usize, const DOT: bool>(
     q: &[f32],
     d: usize,
+    v: &CodedView<'_>,
     steps: &[f32],
+    turn: Option<&BlockTable>,
     keys: &[Line],
     ints: &mut [i16],
+    extra: &mut outliers::Scratch,
     scores: &mut [Row],
 ) {
     let units = d / UNIT_CHANNELS;
@@ -387,4 +388,5 @@ unsafe fn rows<const R: usize, const DOT: bool>(
             }
         }
     }
+    outliers::score::<R>(extra, q, d, v, turn, scores);
 }
