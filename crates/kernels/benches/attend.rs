@@ -9,9 +9,7 @@ use std::time::Instant;
 
 use half::f16;
 use history::{HEAD_DIM, History};
-use kvquant_kernels::attend::{
-    BLOCKS as AT_ONCE, BlockView, Kernels, Rows, SideView, State,
-};
+use kvquant_kernels::attend::{BLOCKS as AT_ONCE, BlockView, Kernels, Rows, SideView, State};
 use kvquant_kernels::rope::Rope;
 use kvquant_quant::pack::BLOCK_TOKENS;
 

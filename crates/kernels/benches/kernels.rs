@@ -102,7 +102,8 @@ impl Setup {
     /// Calls `then` with all blocks.
     fn with<R>(&self, then: impl FnOnce(&[BlockView<'_>], &Rows<'_>) -> R) -> R {
         let (k, v) = (self.keys.lut(), self.values.lut());
-        let block = |b| BlockView::new(self.keys.view(&k, b), self.values.view(&v, b), BLOCK_TOKENS, Some(&self.origin));
+        let block =
+            |b| BlockView::new(self.keys.view(&k, b), self.values.view(&v, b), BLOCK_TOKENS, Some(&self.origin));
         let blocks: Vec<_> = (0..BLOCKS).map(|b| block(b).expect("both sides are whole blocks")).collect();
         let rows = Rows { q: &self.q, group: GROUP, head_dim: HEAD_DIM, first_visible: BLOCK_TOKENS };
         then(&blocks, &rows)
@@ -260,8 +261,7 @@ fn outlier_scores(bencher: Bencher<'_, '_>, case: &Case) {
         let mut scores = vec![[0.0; BLOCK_TOKENS]; GROUP];
         let of_block = HEAD_DIM / UNIT_CHANNELS * OUTLIERS;
         let counted = bencher.counter(BytesCount::new(case.bytes)).counter(ItemsCount::new(of_block));
-        counted
-            .bench_local(|| case.kernels.outlier_scores(&setup.q, black_box(&blocks[0]), &setup.table, &mut scores));
+        counted.bench_local(|| case.kernels.outlier_scores(&setup.q, black_box(&blocks[0]), &setup.table, &mut scores));
     });
 }
 
@@ -273,7 +273,6 @@ fn outlier_outputs(bencher: Bencher<'_, '_>, case: &Case) {
         let mut out = vec![0.0; GROUP * HEAD_DIM];
         let of_block = HEAD_DIM / UNIT_CHANNELS * OUTLIERS;
         let counted = bencher.counter(BytesCount::new(case.bytes)).counter(ItemsCount::new(of_block));
-        counted
-            .bench_local(|| case.kernels.outlier_outputs(&setup.weights[..GROUP], black_box(&blocks[0]), &mut out));
+        counted.bench_local(|| case.kernels.outlier_outputs(&setup.weights[..GROUP], black_box(&blocks[0]), &mut out));
     });
 }

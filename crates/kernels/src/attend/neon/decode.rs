@@ -12,7 +12,7 @@ use crate::rope::BlockTable;
 /// Keys of a unit, 8 tokens (see [`score`]).
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(in super::super) struct Line(pub [u8; 64]);
+pub(in super::super) struct Line(pub [[i16; 8]; 4]);
 
 /// What a thread reuses from block to block.
 #[derive(Default)]

@@ -18,8 +18,8 @@ use super::super::by_const::{by_rows, by_width};
 use super::super::rows::{ByBlock, ROWS, Row};
 use super::super::view::{CodedView, Run, TOKENS};
 use super::decode::Scratch;
-use super::unpack::{BYTES, Entries, codes};
 use super::outliers::mix as outliers_of;
+use super::unpack::{BYTES, Entries, codes};
 use super::{LANES, halves, load, store, sum_each};
 use crate::neon::dot;
 

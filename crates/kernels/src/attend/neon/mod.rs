@@ -1,17 +1,16 @@
 //! NEON (aarch64). Departures from the scalar twin:
 //! - few rows ([`decode`]): codes stay integers. A byte shuffle makes them signposts ([`unpack`]), keys are turned in 15-bit
-//!   fractions, queries and probabilities become 16-bit integers;
-//! - with the dot product extension and RDM (`DOT`), both factors are taken as two bytes and `sdot` multiplies 16 of them;
-//!   of a score's four products of bytes that of the two low ones is left out, 2^-14 of the largest product and of any sign. Without,
-//!   `smlal` multiplies 16-bit integers under a scale that no sum can overflow;
+//!   fractions, queries and probabilities become 16-bit integers under a scale that no sum can overflow, and `smlal`
+//!   multiplies them;
+//! - with the dot product extension and RDM (`DOT`) keys are turned in four instructions instead of six; for outputs both
+//!   factors are two bytes, and `sdot` multiplies sixteen at a time, with no sum near an overflow;
 //! - fp16 blocks, keys with per-token scales, and many rows ([`prefill`]) are computed in f32;
 //! - exp is a polynomial (relative error below 3e-7), 0 below -87;
 //! - sums run in another order.
 //!
-//! Chosen by counting, for 32 codes of keys and three rows on cores with two vector pipes of which one multiplies integers and
-//! converts (Neoverse N1): `sdot` 8 to turn, 10 to split, 18 to multiply, on either pipe but for the 8: 18 cycles; `smlal` 32 on
-//! the one pipe: 32; f32 16 conversions at half rate, 40 products: 32. Cores with four pipes keep the order. No such machine
-//! has been measured.
+//! Chosen by counting instructions under an emulator (docs/speed.md); f32 would take 16 conversions and 40 products for 32 codes
+//! of keys and three rows where `smlal` takes 32, and runs on twice as many pipes of most cores, but for the conversions, which
+//! run at half rate on one. No such machine has been measured.
 
 pub(super) mod decode;
 mod float;

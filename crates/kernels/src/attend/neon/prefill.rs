@@ -104,11 +104,7 @@ fn product(m: usize, n: usize, k: usize, a: &[f32], b: &[f32], c: &mut [f32]) {
 fn strip<const R: usize>(n: usize, k: usize, a: &[f32], b: &[f32], c: &mut [f32]) -> usize {
     let mut j = 0;
     while j < n {
-        j += if n - j >= 2 * LANES {
-            columns::<R, 2>(j, n, k, a, b, c)
-        } else {
-            columns::<R, 1>(j, n, k, a, b, c)
-        };
+        j += if n - j >= 2 * LANES { columns::<R, 2>(j, n, k, a, b, c) } else { columns::<R, 1>(j, n, k, a, b, c) };
     }
     R
 }

@@ -1,18 +1,19 @@
 //! Scores from codes with static tables.
 //!
 //! Pass 1, once for all rows: signposts in half steps, turned by their place in the block, four channels of a unit side by
-//! side. Pass 2: products with integer queries, summed in 32 bits. Outliers, a hundredth of the entries, are added in f32.
+//! side. Pass 2: products with integer queries (`smlal`), summed in 32 bits. Outliers, a hundredth of the entries, are added in
+//! f32.
 //!
 //! ```text
-//! keys   [8 chunks of 8 tokens][head_dim / 4 units] lines of 4 vectors
-//!        DOT   high bytes of tokens 0-3: (a b c d) each, of tokens 4-7; then their low bytes less 128, likewise
-//!        else  a, b, c, d: 8 tokens of 16 bits each
+//! keys   [8 chunks of 8 tokens][head_dim / 4 units][4 channels][8 tokens] 16 bits each
 //! ```
 //!
-//! DOT: with k = 256 h + 128 + l and q = 256 Q + r, q k = 65536 Q h + 256 (r h + Q l) + 128 q + r l; the last is left out.
+//! Overflow: a turned channel is at most 2 sqrt(2) * 8191 + 2 half steps; queries are scaled so that the sum of their
+//! magnitudes times that stays below 2^31.
 //!
-//! Overflow: a turned channel is at most 2 sqrt(2) * 8191 + 2 half steps. Without DOT, queries are scaled so that the sum of
-//! their magnitudes times that stays below 2^31; with it, a channel adds at most 2^15 to a sum.
+//! `sdot` was tried: keys and queries as two bytes each, three products of bytes instead of two of words. Splitting keys and
+//! laying four channels' bytes side by side costs more than the products save: 16,100 instructions a block of 64 tokens, 3
+//! rows, against 12,700.
 
 use std::arch::aarch64::*;
 
@@ -26,22 +27,19 @@ use super::super::view::{CodedView, Run, TOKENS};
 use super::decode::{Line, Scratch};
 use super::unpack::{self, BYTES, Entries, Signposts};
 use super::{LANES, load, outliers, store};
-use crate::neon::{add_fraction, dot};
+use crate::neon::add_fraction;
 use crate::rope::{BlockTable, Turns16};
 
 /// Sum of the magnitudes of an integer query of 16 bits.
 const QUERY_SUM: f32 = (i32::MAX as f64 / (2.0 * TOP as f64 * std::f64::consts::SQRT_2 + 4.0)) as f32 - 1024.0;
 
-/// The largest query of two signed bytes.
-pub(super) const TWO_BYTES: f32 = 32639.0;
-
 /// Tokens of a line of keys.
 const CHUNK: usize = 8;
 
 /// # Safety
-/// Where DOT is true, the CPU has the dot product extension and RDM.
+/// Where RDM is true, the CPU has it.
 #[target_feature(enable = "neon")]
-pub(super) unsafe fn coded<const DOT: bool>(
+pub(super) unsafe fn coded<const RDM: bool>(
     s: &mut Scratch,
     d: usize,
     v: &CodedView<'_>,
@@ -49,7 +47,7 @@ pub(super) unsafe fn coded<const DOT: bool>(
     ahead: &mut Ahead<'_>,
     scores: &mut [Row],
 ) {
-    s.keys.resize(TOKENS / CHUNK * d / UNIT_CHANNELS, Line([0; 64]));
+    s.keys.resize(TOKENS / CHUNK * d / UNIT_CHANNELS, Line([[0; CHUNK]; UNIT_CHANNELS]));
     let keys = &mut s.keys[..];
     let ordered = v.lut.order.is_empty();
     if !ordered {
@@ -58,7 +56,7 @@ pub(super) unsafe fn coded<const DOT: bool>(
     for run in v.runs() {
         if ordered {
             // SAFETY: passed on.
-            unsafe { by_width!(run, turned::<_, DOT>(v, &run, turn, ahead, keys)) };
+            unsafe { by_width!(run, turned::<_, RDM>(v, &run, turn, ahead, keys)) };
         } else {
             by_width!(run, signposts::<_>(v, &run, ahead, &mut s.signposts));
         }
@@ -68,15 +66,14 @@ pub(super) unsafe fn coded<const DOT: bool>(
             for (t, place) in (0..TOKENS).step_by(BYTES).enumerate() {
                 let posts = four.each_ref().map(|channel| [place, place + CHUNK].map(|at| words(&channel[at..])));
                 // SAFETY: passed on.
-                unsafe { turn_sixteen::<DOT>(posts, u, t, turn, keys) };
+                unsafe { turn_sixteen::<RDM>(posts, u, t, turn, keys) };
             }
         }
     }
     let steps = if ordered { v.lut.steps } else { &s.steps };
     s.ints.resize(ROWS * d, 0);
     for (q, scores) in s.local.chunks(ROWS * d).zip(scores.chunks_mut(ROWS)) {
-        // SAFETY: passed on.
-        unsafe { by_rows!(scores.len(), rows::<_, DOT>(q, d, v, steps, turn, keys, &mut s.ints, &mut s.outliers, scores)) };
+        by_rows!(scores.len(), rows::<_>(q, d, v, steps, turn, keys, &mut s.ints, &mut s.outliers, scores));
     }
 }
 
@@ -127,7 +124,7 @@ fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'
 /// # Safety
 /// As [`coded`].
 #[target_feature(enable = "neon")]
-unsafe fn turned<const B: u32, const DOT: bool>(
+unsafe fn turned<const B: u32, const RDM: bool>(
     v: &CodedView<'_>,
     run: &Run<'_>,
     turn: Option<&BlockTable>,
@@ -139,8 +136,8 @@ unsafe fn turned<const B: u32, const DOT: bool>(
         let entries = v.four_tables(u * UNIT_CHANNELS).map(|table| Entries::doubled(table));
         // SAFETY: passed on.
         unsafe {
-            turn_half::<B, DOT>(unit, &entries, u, 0, turn, keys);
-            turn_half::<B, DOT>(unit, &entries, u, 1, turn, keys);
+            turn_half::<B, RDM>(unit, &entries, u, 0, turn, keys);
+            turn_half::<B, RDM>(unit, &entries, u, 1, turn, keys);
         }
     }
 }
@@ -150,7 +147,7 @@ unsafe fn turned<const B: u32, const DOT: bool>(
 /// # Safety
 /// As [`turn_sixteen`].
 #[inline(always)]
-unsafe fn turn_half<const B: u32, const DOT: bool>(
+unsafe fn turn_half<const B: u32, const RDM: bool>(
     unit: &[[u8; VECTOR]],
     entries: &[Entries; UNIT_CHANNELS],
     u: usize,
@@ -173,7 +170,7 @@ unsafe fn turn_half<const B: u32, const DOT: bool>(
                 entries[2].words::<B>(c[0][i], c[1][i]),
                 entries[3].words::<B>(d[0][i], d[1][i]),
             ];
-            turn_sixteen::<DOT>(posts, u, h + 2 * i, turn, keys);
+            turn_sixteen::<RDM>(posts, u, h + 2 * i, turn, keys);
         }
     }
 }
@@ -181,10 +178,10 @@ unsafe fn turn_half<const B: u32, const DOT: bool>(
 /// Turns 16 tokens of unit `u`, which `sixteen` times as many precede, and stores their lines.
 ///
 /// # Safety
-/// The CPU has NEON; where DOT is true, also RDM.
+/// The CPU has NEON, and RDM where it is true.
 // Inlined at any size, as what it is given lies in registers.
 #[inline(always)]
-unsafe fn turn_sixteen<const DOT: bool>(
+unsafe fn turn_sixteen<const RDM: bool>(
     posts: [Signposts; UNIT_CHANNELS],
     u: usize,
     sixteen: usize,
@@ -194,15 +191,15 @@ unsafe fn turn_sixteen<const DOT: bool>(
     let [a, b, c, d] = posts;
     // SAFETY: passed on.
     unsafe {
-        turn_chunk::<DOT>([a[0], b[0], c[0], d[0]], u, 2 * sixteen, turn, keys);
-        turn_chunk::<DOT>([a[1], b[1], c[1], d[1]], u, 2 * sixteen + 1, turn, keys);
+        turn_chunk::<RDM>([a[0], b[0], c[0], d[0]], u, 2 * sixteen, turn, keys);
+        turn_chunk::<RDM>([a[1], b[1], c[1], d[1]], u, 2 * sixteen + 1, turn, keys);
     }
 }
 
 /// # Safety
 /// As [`turn_sixteen`].
 #[inline(always)]
-unsafe fn turn_chunk<const DOT: bool>(
+unsafe fn turn_chunk<const RDM: bool>(
     [mut a, mut b, mut c, mut d]: [int16x8_t; UNIT_CHANNELS],
     u: usize,
     chunk: usize,
@@ -210,19 +207,15 @@ unsafe fn turn_chunk<const DOT: bool>(
     keys: &mut [Line],
 ) {
     let Line(to) = &mut keys[chunk * (keys.len() / (TOKENS / CHUNK)) + u];
-    // SAFETY: passed on; 64 writable bytes.
+    // SAFETY: passed on; 8 writable words each.
     unsafe {
         if let Some(table) = turn {
-            (a, b) = rotate::<DOT>(a, b, &table.wide16[2 * u], chunk);
-            (c, d) = rotate::<DOT>(c, d, &table.wide16[2 * u + 1], chunk);
+            (a, b) = rotate::<RDM>(a, b, &table.wide16[2 * u], chunk);
+            (c, d) = rotate::<RDM>(c, d, &table.wide16[2 * u + 1], chunk);
         }
-        let line = if DOT {
-            split([a, b, c, d])
-        } else {
-            let bytes = |x| vreinterpretq_u8_s16(x);
-            uint8x16x4_t(bytes(a), bytes(b), bytes(c), bytes(d))
-        };
-        vst1q_u8_x4(to.as_mut_ptr(), line);
+        for (to, x) in to.iter_mut().zip([a, b, c, d]) {
+            vst1q_s16(to.as_mut_ptr(), x);
+        }
     }
 }
 
@@ -238,36 +231,14 @@ unsafe fn rotate<const RDM: bool>(
     // SAFETY: passed on.
     unsafe {
         let (c, s) = (words(&cos[CHUNK * chunk..]), words(&sin[CHUNK * chunk..]));
-        (
-            add_fraction::<RDM, true>(vqrdmulhq_s16(x, c), y, s),
-            add_fraction::<RDM, false>(vqrdmulhq_s16(x, s), y, c),
-        )
+        (add_fraction::<RDM, true>(vqrdmulhq_s16(x, c), y, s), add_fraction::<RDM, false>(vqrdmulhq_s16(x, s), y, c))
     }
 }
 
-/// High bytes, and low bytes less 128, of four channels side by side.
+/// An integer query: each channel times its step, scaled by the inverse of the returned factor and rounded.
 #[inline]
 #[target_feature(enable = "neon")]
-fn split([a, b, c, d]: [int16x8_t; UNIT_CHANNELS]) -> uint8x16x4_t {
-    let unsigned = |x| vreinterpretq_u16_s16(x);
-    let high = |x, y| vsriq_n_u16::<8>(unsigned(y), unsigned(x));
-    let low = |x, y| veorq_u16(vsliq_n_u16::<8>(unsigned(x), unsigned(y)), vdupq_n_u16(0x8080));
-    let (ab, cd) = (high(a, b), high(c, d));
-    let (low_ab, low_cd) = (low(a, b), low(c, d));
-    let bytes = |x| vreinterpretq_u8_u16(x);
-    uint8x16x4_t(
-        bytes(vzip1q_u16(ab, cd)),
-        bytes(vzip2q_u16(ab, cd)),
-        bytes(vzip1q_u16(low_ab, low_cd)),
-        bytes(vzip2q_u16(low_ab, low_cd)),
-    )
-}
-
-/// An integer query: each channel times its step, scaled by the inverse of the returned factor and rounded, of magnitudes up
-/// to `most` and up to `total` together.
-#[inline]
-#[target_feature(enable = "neon")]
-fn integers(q: &[f32], steps: &[f32], most: f32, total: f32, ints: &mut [i16]) -> f32 {
+fn integers(q: &[f32], steps: &[f32], ints: &mut [i16]) -> f32 {
     let both = || q.as_chunks::<LANES>().0.iter().zip(steps.as_chunks::<LANES>().0);
     let stepped = |(q, step): (&[f32; LANES], &[f32; LANES])| vmulq_f32(load(q), load(step));
     let (mut top, mut sum) = (vdupq_n_f32(0.0), vdupq_n_f32(0.0));
@@ -277,7 +248,7 @@ fn integers(q: &[f32], steps: &[f32], most: f32, total: f32, ints: &mut [i16]) -
         sum = vaddq_f32(sum, x);
     }
     let (top, sum) = (vmaxnmvq_f32(top), vaddvq_f32(sum));
-    let factor = if sum > 0.0 { (most / top).min(total / sum) } else { 0.0 };
+    let factor = if sum > 0.0 { (32767.0 / top).min(QUERY_SUM / sum) } else { 0.0 };
     // A query of zeros, or one too small to scale, scores 0.
     let factor = if factor.is_finite() { factor } else { 0.0 };
     for (four, to) in both().zip(ints.as_chunks_mut::<LANES>().0) {
@@ -288,50 +259,34 @@ fn integers(q: &[f32], steps: &[f32], most: f32, total: f32, ints: &mut [i16]) -
     if factor > 0.0 { 1.0 / factor } else { 0.0 }
 }
 
-/// sums += a line of keys times a query's unit: of DOT, products of high bytes of two times 4 tokens, then those of one each.
+/// sums += a line of keys times a query's unit, 8 tokens, of two channels in two sums each.
 ///
 /// # Safety
-/// The CPU has NEON, and the dot product extension where DOT.
+/// The CPU has NEON.
 #[inline(always)]
-unsafe fn add_products<const DOT: bool>(k: uint8x16x4_t, q: &[i16; UNIT_CHANNELS], sums: &mut [int32x4_t; 4]) {
-    // SAFETY: two readable 32-bit words, or 4 of 16; passed on.
+unsafe fn add_products(
+    [k0, k1, k2, k3]: [int16x8_t; UNIT_CHANNELS],
+    q: &[i16; UNIT_CHANNELS],
+    sums: &mut [int32x4_t; 4],
+) {
+    // SAFETY: 4 readable words; passed on.
     unsafe {
         let [a, b, c, d] = sums;
-        if DOT {
-            let [k0, k1, k2, k3] =
-                [vreinterpretq_s8_u8(k.0), vreinterpretq_s8_u8(k.1), vreinterpretq_s8_u8(k.2), vreinterpretq_s8_u8(k.3)];
-            let high = vreinterpretq_s8_s32(vld1q_dup_s32(q.as_ptr().cast()));
-            let low = vreinterpretq_s8_s32(vld1q_dup_s32(q.as_ptr().cast::<i32>().add(1)));
-            *a = dot::<DOT>(*a, k0, high);
-            *b = dot::<DOT>(*b, k1, high);
-            *c = dot::<DOT>(dot::<DOT>(*c, k0, low), k2, high);
-            *d = dot::<DOT>(dot::<DOT>(*d, k1, low), k3, high);
-        } else {
-            let [k0, k1, k2, k3] = [
-                vreinterpretq_s16_u8(k.0),
-                vreinterpretq_s16_u8(k.1),
-                vreinterpretq_s16_u8(k.2),
-                vreinterpretq_s16_u8(k.3),
-            ];
-            let q = vld1_s16(q.as_ptr());
-            *a = vmlal_lane_s16::<0>(*a, vget_low_s16(k0), q);
-            *b = vmlal_high_lane_s16::<0>(*b, k0, q);
-            *c = vmlal_lane_s16::<1>(*c, vget_low_s16(k1), q);
-            *d = vmlal_high_lane_s16::<1>(*d, k1, q);
-            *a = vmlal_lane_s16::<2>(*a, vget_low_s16(k2), q);
-            *b = vmlal_high_lane_s16::<2>(*b, k2, q);
-            *c = vmlal_lane_s16::<3>(*c, vget_low_s16(k3), q);
-            *d = vmlal_high_lane_s16::<3>(*d, k3, q);
-        }
+        let q = vld1_s16(q.as_ptr());
+        *a = vmlal_lane_s16::<0>(*a, vget_low_s16(k0), q);
+        *b = vmlal_high_lane_s16::<0>(*b, k0, q);
+        *c = vmlal_lane_s16::<1>(*c, vget_low_s16(k1), q);
+        *d = vmlal_high_lane_s16::<1>(*d, k1, q);
+        *a = vmlal_lane_s16::<2>(*a, vget_low_s16(k2), q);
+        *b = vmlal_high_lane_s16::<2>(*b, k2, q);
+        *c = vmlal_lane_s16::<3>(*c, vget_low_s16(k3), q);
+        *d = vmlal_high_lane_s16::<3>(*d, k3, q);
     }
 }
 
 /// Pass 2: scores of R rows.
-///
-/// # Safety
-/// As [`coded`].
 #[target_feature(enable = "neon")]
-unsafe fn rows<const R: usize, const DOT: bool>(
+fn rows<const R: usize>(
     q: &[f32],
     d: usize,
     v: &CodedView<'_>,
@@ -342,48 +297,26 @@ unsafe fn rows<const R: usize, const DOT: bool>(
     extra: &mut outliers::Scratch,
     scores: &mut [Row],
 ) {
-    let units = d / UNIT_CHANNELS;
     let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
-    // What a row's integers are multiplied with, and what is added to their sums.
-    let (mut factors, mut offsets) = ([0.0; R], [0.0; R]);
-    for r in 0..R {
-        let (q, ints) = (&q[r * d..(r + 1) * d], &mut ints[r * d..(r + 1) * d]);
-        let (most, total) = if DOT { (TWO_BYTES, f32::INFINITY) } else { (32767.0, QUERY_SUM) };
+    let mut factors = [0.0; R];
+    for ((q, ints), factor) in q.chunks_exact(d).zip(ints.chunks_exact_mut(d)).zip(&mut factors) {
         // Keys are half steps.
-        factors[r] = 0.5 * integers(q, steps, most, total, ints);
-        if DOT {
-            offsets[r] = 128.0 * ints.iter().map(|&x| x as i32).sum::<i32>() as f32;
-            for unit in ints.as_chunks_mut::<UNIT_CHANNELS>().0 {
-                let high = unit.map(|x| (x + 128) >> 8);
-                let low: [_; UNIT_CHANNELS] = std::array::from_fn(|c| unit[c] - (high[c] << 8));
-                let word = |bytes: [i16; UNIT_CHANNELS]| bytes.map(|x| x as u8);
-                let both = [word(high), word(low)];
-                *unit = bytemuck::cast(both);
-            }
-        }
+        *factor = 0.5 * integers(q, steps, ints);
     }
     let queries: [&[[i16; UNIT_CHANNELS]]; R] = std::array::from_fn(|r| ints[r * d..(r + 1) * d].as_chunks().0);
-    for (chunk, lines) in keys.chunks_exact(units).enumerate() {
+    for (chunk, lines) in keys.chunks_exact(d / UNIT_CHANNELS).enumerate() {
         let mut sums = [[vdupq_n_s32(0); 4]; R];
-        for (u, Line(line)) in lines.iter().enumerate() {
-            // SAFETY: 64 readable bytes; every query has as many units as a chunk has lines; passed on.
-            unsafe {
-                let k = vld1q_u8_x4(line.as_ptr());
-                for r in 0..R {
-                    add_products::<DOT>(k, queries[r].get_unchecked(u), &mut sums[r]);
-                }
+        for (u, Line([a, b, c, d])) in lines.iter().enumerate() {
+            let k = [words(a), words(b), words(c), words(d)];
+            for r in 0..R {
+                // SAFETY: every query has as many units as a chunk has lines; the CPU has NEON here.
+                unsafe { add_products(k, queries[r].get_unchecked(u), &mut sums[r]) };
             }
         }
         for r in 0..R {
             let to = scores[r][CHUNK * chunk..][..CHUNK].as_chunks_mut::<LANES>().0;
             for i in 0..2 {
-                let (x, y) = (sums[r][i], sums[r][2 + i]);
-                let x = if DOT {
-                    let x = vfmaq_n_f32(vdupq_n_f32(offsets[r]), vcvtq_f32_s32(x), 65536.0);
-                    vfmaq_n_f32(x, vcvtq_f32_s32(y), 256.0)
-                } else {
-                    vcvtq_f32_s32(vaddq_s32(x, y))
-                };
+                let x = vcvtq_f32_s32(vaddq_s32(sums[r][i], sums[r][2 + i]));
                 store(&mut to[i], vmulq_n_f32(x, factors[r]));
             }
         }
