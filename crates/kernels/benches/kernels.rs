@@ -174,7 +174,7 @@ fn check() {
 
 /// Codes of a unit.
 fn codes(bits: u32) -> [[u8; BLOCK_TOKENS]; UNIT_CHANNELS] {
-    std::array::from_fn(|c| std::array::from_fn(|t| ((c * 64 + t) * 2_654_435 >> 9) as u8 & ((1 << bits) - 1)))
+    std::array::from_fn(|c| std::array::from_fn(|t| (((c * 64 + t) * 2_654_435) >> 9) as u8 & ((1 << bits) - 1)))
 }
 
 fn main() {
