@@ -379,6 +379,9 @@ fn attention_agrees_with_f64() {
 fn backends_that_this_cpu_lacks_are_named() {
     let here: Vec<_> = Kernels::available().into_iter().map(Kernels::name).collect();
     assert!(here.iter().all(|name| Kernels::NAMES.contains(name)), "{here:?}");
+    if std::env::var_os("KVQUANT_KERNEL").is_none() {
+        assert_eq!(Kernels::detect().map(Kernels::name).ok(), here.last().copied(), "the best is taken");
+    }
     for name in Kernels::NAMES.into_iter().filter(|name| !here.contains(name)) {
         // Written past the capture of test output, so that it is seen where tests pass.
         writeln!(std::io::stderr(), "skipped: attention kernels for {name}, which this CPU lacks").unwrap();
