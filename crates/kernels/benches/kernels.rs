@@ -1,8 +1,8 @@
 //! Every kernel of attention by itself, per width and backend: pack, dequant, scores, outputs, outliers.
 //!
 //! `cargo bench -p kvquant-kernels --bench kernels`, or only some: `... --bench kernels -- scores`. Results are compared with
-//! the scalar twin's first. Each case names the bytes that one run of it reads (pack: writes); "item" is a code, or an outlier
-//! for these. Blocks come from the second cache; how a long history does is what the bench `attend` shows.
+//! the scalar twin's first. Each case names the bytes that one run of it reads (pack: writes); "item" is a code. Outliers are
+//! added within scores and outputs: what they cost is the difference between a case with 1 % of them and one without. Blocks come from the second cache; how a long history does is what the bench `attend` shows.
 
 mod history;
 
@@ -31,28 +31,30 @@ const WIDTHS: [&[u8]; 8] = [&[1], &[2], &[3], &[4], &[5], &[6], &[7], &[5, 3, 3,
 struct Case {
     kernels: Kernels,
     widths: &'static [u8],
+    outliers: usize,
     bytes: usize,
 }
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = self.kernels.name();
+        let (name, bytes) = (self.kernels.name(), self.bytes);
+        let outliers = if self.outliers > 0 { "-1%" } else { "" };
         match self.widths {
-            [] => write!(f, "{name}, {} B", self.bytes),
-            [bits] => write!(f, "{name}, {bits} bits, {} B", self.bytes),
-            _ => write!(f, "{name}, mixed 3 bits, {} B", self.bytes),
+            [bits] => write!(f, "{name}, {bits} bits{outliers}, {bytes} B"),
+            _ => write!(f, "{name}, mixed 3 bits, {bytes} B"),
         }
     }
 }
 
-/// Every width on every backend, for sides with or without scales of tokens.
+/// Every width on every backend, for sides with or without scales of tokens; 2 to 4 bits with outliers too.
 fn cases(token_scales: bool, blocks: usize) -> Vec<Case> {
-    let all = WIDTHS.into_iter().filter(|widths| !token_scales || widths.len() == 1 && widths[0] <= 4);
-    let of = |widths| {
-        let bytes = blocks * History::new(1, widths, token_scales, 0).block_bytes();
-        Kernels::available().into_iter().rev().map(move |kernels| Case { kernels, widths, bytes })
+    let widths = WIDTHS.into_iter().filter(|widths| !token_scales || widths.len() == 1 && widths[0] <= 4);
+    let with_outliers = [&[2][..], &[3], &[4]].map(|widths| (widths, OUTLIERS));
+    let of = |(widths, outliers)| {
+        let bytes = blocks * History::new(1, widths, token_scales, outliers).block_bytes();
+        Kernels::available().into_iter().rev().map(move |kernels| Case { kernels, widths, outliers, bytes })
     };
-    all.flat_map(of).collect()
+    widths.map(|widths| (widths, 0)).chain(with_outliers).flat_map(of).collect()
 }
 
 fn static_cases() -> Vec<Case> {
@@ -65,14 +67,6 @@ fn dequant_cases() -> Vec<Case> {
 
 fn scaled_cases() -> Vec<Case> {
     cases(true, AT_ONCE)
-}
-
-fn outlier_cases() -> Vec<Case> {
-    let bytes = HEAD_DIM / UNIT_CHANNELS * (1 + 3 * OUTLIERS);
-    // The greater backend of a CPU shares these with the lesser.
-    let own = |kernels: &Kernels| !["avx512", "neon-dot"].contains(&kernels.name());
-    let kernels = Kernels::available().into_iter().rev().filter(own);
-    kernels.map(|kernels| Case { kernels, widths: &[], bytes }).collect()
 }
 
 /// Keys and values of one kind, and queries.
@@ -120,14 +114,6 @@ impl Setup {
         kernels.outputs(&self.weights, blocks, &mut out);
         out
     }
-
-    fn outliers(&self, kernels: Kernels, block: &BlockView<'_>) -> Vec<f32> {
-        let mut scores = vec![[0.0; BLOCK_TOKENS]; GROUP];
-        kernels.outlier_scores(&self.q, block, &self.table, &mut scores);
-        let mut out = vec![0.0; GROUP * HEAD_DIM];
-        kernels.outlier_outputs(&self.weights[..GROUP], block, &mut out);
-        [scores.into_flattened(), out].concat()
-    }
 }
 
 /// Compares every case with the scalar twin; panics where one differs.
@@ -141,7 +127,7 @@ fn check() {
     let mut checked = 0;
     for (scaled, cases) in [(false, static_cases()), (true, scaled_cases())] {
         for case in &cases {
-            let setup = Setup::new(case.widths, scaled, OUTLIERS);
+            let setup = Setup::new(case.widths, scaled, case.outliers);
             setup.with(|blocks, rows| {
                 let some = &blocks[..AT_ONCE];
                 if !scaled {
@@ -156,8 +142,6 @@ fn check() {
                     assert_eq!(tile(case.kernels), tile(twin), "dequant: {case}");
                 }
                 close("outputs", case, setup.outputs(case.kernels, some), setup.outputs(twin, some));
-                let outliers = |kernels| setup.outliers(kernels, &blocks[0]);
-                close("outliers", case, outliers(case.kernels), outliers(twin));
             });
             checked += 1;
         }
@@ -205,7 +189,7 @@ fn pack_tokens(bencher: Bencher<'_, '_>, bits: u32) {
 /// Codes of a block to f32.
 #[divan::bench(args = dequant_cases(), max_time = 0.2)]
 fn dequant(bencher: Bencher<'_, '_>, case: &Case) {
-    let setup = Setup::new(case.widths, false, 0);
+    let setup = Setup::new(case.widths, false, case.outliers);
     let lut = setup.keys.lut();
     let (mut tile, mut turn) = (vec![0.0; ELEMENTS], 0);
     let counted = bencher.counter(BytesCount::new(case.bytes)).counter(ItemsCount::new(ELEMENTS));
@@ -218,7 +202,7 @@ fn dequant(bencher: Bencher<'_, '_>, case: &Case) {
 /// Scores of four blocks.
 #[divan::bench(args = static_cases(), max_time = 0.2)]
 fn scores(bencher: Bencher<'_, '_>, case: &Case) {
-    let setup = Setup::new(case.widths, false, 0);
+    let setup = Setup::new(case.widths, false, case.outliers);
     setup.with(|blocks, rows| {
         let (mut scores, mut turn) = (vec![[0.0; BLOCK_TOKENS]; AT_ONCE * GROUP], 0);
         let counted = bencher.counter(BytesCount::new(case.bytes)).counter(ItemsCount::new(AT_ONCE * ELEMENTS));
@@ -230,7 +214,7 @@ fn scores(bencher: Bencher<'_, '_>, case: &Case) {
 }
 
 fn time_outputs(bencher: Bencher<'_, '_>, case: &Case, scaled: bool) {
-    let setup = Setup::new(case.widths, scaled, 0);
+    let setup = Setup::new(case.widths, scaled, case.outliers);
     setup.with(|blocks, _| {
         let (mut out, mut turn) = (vec![0.0; GROUP * HEAD_DIM], 0);
         let counted = bencher.counter(BytesCount::new(case.bytes)).counter(ItemsCount::new(AT_ONCE * ELEMENTS));
@@ -251,28 +235,4 @@ fn outputs(bencher: Bencher<'_, '_>, case: &Case) {
 #[divan::bench(args = scaled_cases(), max_time = 0.2)]
 fn outputs_scaled(bencher: Bencher<'_, '_>, case: &Case) {
     time_outputs(bencher, case, true);
-}
-
-/// Outliers of a block of keys.
-#[divan::bench(args = outlier_cases(), max_time = 0.2)]
-fn outlier_scores(bencher: Bencher<'_, '_>, case: &Case) {
-    let setup = Setup::new(&[3], false, OUTLIERS);
-    setup.with(|blocks, _| {
-        let mut scores = vec![[0.0; BLOCK_TOKENS]; GROUP];
-        let of_block = HEAD_DIM / UNIT_CHANNELS * OUTLIERS;
-        let counted = bencher.counter(BytesCount::new(case.bytes)).counter(ItemsCount::new(of_block));
-        counted.bench_local(|| case.kernels.outlier_scores(&setup.q, black_box(&blocks[0]), &setup.table, &mut scores));
-    });
-}
-
-/// Outliers of a block of values.
-#[divan::bench(args = outlier_cases(), max_time = 0.2)]
-fn outlier_outputs(bencher: Bencher<'_, '_>, case: &Case) {
-    let setup = Setup::new(&[3], false, OUTLIERS);
-    setup.with(|blocks, _| {
-        let mut out = vec![0.0; GROUP * HEAD_DIM];
-        let of_block = HEAD_DIM / UNIT_CHANNELS * OUTLIERS;
-        let counted = bencher.counter(BytesCount::new(case.bytes)).counter(ItemsCount::new(of_block));
-        counted.bench_local(|| case.kernels.outlier_outputs(&setup.weights[..GROUP], black_box(&blocks[0]), &mut out));
-    });
 }

@@ -5,70 +5,79 @@ use super::SideView;
 
 const LINE: usize = 64;
 
-/// Lines of one side that are still to be asked for.
+/// Codes of one side that are still to be asked for. What else the side has is few lines, asked for at once.
 pub(super) struct Ahead<'a> {
-    parts: [&'a [u8]; 5],
-    part: usize,
+    codes: &'a [u8],
+    at: usize,
 }
 
-/// A prefetch changes nothing that a program can see, at any address.
+/// Asks for a line, into the cache of that level. Nothing happens that a program can see, whatever the address.
 #[inline(always)]
-fn ask(byte: *const u8) {
+fn ask<const LEVEL: u32>(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: nothing is read or written. SSE is part of x86-64.
     unsafe {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T1>(byte.cast());
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        if LEVEL == 1 { _mm_prefetch::<_MM_HINT_T0>(at.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
     #[cfg(target_arch = "aarch64")]
     // SAFETY: nothing is read or written; the instruction is part of aarch64.
     unsafe {
-        std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) byte, options(nostack, preserves_flags, readonly));
+        use std::arch::asm;
+        if LEVEL == 1 {
+            asm!("prfm pldl1keep, [{0}]", in(reg) at, options(nostack, preserves_flags, readonly));
+        } else {
+            asm!("prfm pldl2keep, [{0}]", in(reg) at, options(nostack, preserves_flags, readonly));
+        }
+    }
+}
+
+/// Asks for all lines of a slice, which begins anywhere in one.
+#[inline(always)]
+fn all<const LEVEL: u32>(of: *const u8, bytes: usize) {
+    let skew = of.addr() % LINE;
+    for at in (0..if bytes == 0 { 0 } else { bytes + skew }).step_by(LINE) {
+        ask::<LEVEL>(of.wrapping_add(at));
     }
 }
 
 impl<'a> Ahead<'a> {
+    #[inline]
     pub fn of(next: Option<&SideView<'a>>) -> Self {
-        let parts = match next {
+        let codes = match next {
             Some(SideView::Coded(v)) => {
                 let (scale, zero) = v.scales.map_or((&[][..], &[][..]), |s| (s.scale, s.zero));
                 let [scale, zero] = [scale, zero].map(bytemuck::cast_slice);
-                [v.outliers.places, v.outliers.residuals.as_flattened(), scale, zero, v.codes]
+                for few in [v.outliers.places, v.outliers.residuals.as_flattened(), scale, zero] {
+                    all::<1>(few.as_ptr(), few.len());
+                }
+                v.codes
             }
             // Long enough for the CPU to see where it goes.
-            Some(SideView::Tile { data }) => [&[], &[], &[], &[], bytemuck::cast_slice(&data[..data.len().min(512)])],
-            _ => [&[][..]; 5],
+            Some(SideView::Tile { data }) => bytemuck::cast_slice(&data[..data.len().min(512)]),
+            _ => &[],
         };
-        Ahead { parts, part: 0 }
+        Ahead { codes, at: 0 }
     }
 
     /// Asks for the next `n` lines.
     #[inline(always)]
     pub fn lines(&mut self, n: usize) {
+        // A slice begins anywhere in a line: its last byte may lie in one more than its length says.
+        let skew = self.codes.as_ptr().addr() % LINE;
         for _ in 0..n {
-            let Some(part) = self.parts.get_mut(self.part) else { return };
-            match part {
-                [first, .., last] => {
-                    ask(first);
-                    // A slice begins anywhere in a line: its last byte may lie in one more.
-                    if part.len() <= LINE {
-                        ask(last);
-                        self.part += 1;
-                    } else {
-                        *part = &part[LINE..];
-                    }
-                }
-                [] | [_] => {
-                    part.first().inspect(|byte| ask(*byte));
-                    self.part += 1;
-                }
+            if self.at < self.codes.len() + skew {
+                ask::<2>(self.codes.as_ptr().wrapping_add(self.at));
+                self.at += LINE;
             }
         }
     }
 
     /// Asks for all that is left.
+    #[inline]
     pub fn rest(&mut self) {
-        while self.part < self.parts.len() {
+        let skew = self.codes.as_ptr().addr() % LINE;
+        while self.at < self.codes.len() + skew {
             self.lines(1);
         }
     }
@@ -79,11 +88,7 @@ pub(super) const fn lines_a_unit(bits: u32) -> usize {
     bits as usize / 2 + 1
 }
 
-/// Asks for all lines of a slice.
+/// Asks for all of a slice.
 pub(super) fn prefetch_lines<T>(of: &[T]) {
-    let (first, bytes) = (of.as_ptr().cast::<u8>(), size_of_val(of));
-    // A slice begins anywhere in a line: its last byte may lie in one more than its length says.
-    for at in (0..bytes).step_by(LINE).chain(bytes.checked_sub(1)) {
-        ask(first.wrapping_add(at));
-    }
+    all::<2>(of.as_ptr().cast(), size_of_val(of));
 }

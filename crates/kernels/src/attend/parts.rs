@@ -5,12 +5,11 @@
 use std::cell::RefCell;
 
 #[cfg(target_arch = "x86_64")]
-use super::avx2::{decode, outliers};
-use super::by_const::by_rows;
+use super::avx2::decode;
 #[cfg(target_arch = "aarch64")]
-use super::neon::{decode, outliers};
-use super::rows::{ByBlock, ROWS, Row};
-use super::view::{BlockView, CodedView, SideView};
+use super::neon::decode;
+use super::rows::Row;
+use super::view::BlockView;
 use super::{Backend, Kernels, Rows, scalar};
 use crate::rope::BlockTable;
 
@@ -43,14 +42,6 @@ macro_rules! by_backend {
     };
 }
 
-/// A coded side.
-fn coded<'a>(side: &SideView<'a>) -> CodedView<'a> {
-    match side {
-        SideView::Coded(v) => *v,
-        _ => panic!("fp16 sides have no outliers"),
-    }
-}
-
 impl Kernels {
     /// Scores `[blocks, rows, 64]` of rows against keys, before any softmax; -inf where a row does not see a token.
     pub fn scores(self, rows: &Rows<'_>, blocks: &[BlockView<'_>], table: &BlockTable, scores: &mut [Row]) {
@@ -75,55 +66,4 @@ impl Kernels {
             |s, GREATER| decode::outputs::<GREATER>(s, blocks, &[], weights, d, out)
         );
     }
-
-    /// Adds what outliers of a block's coded keys make of up to 4 rows `q` `[rows, head_dim]`, turned to the block's first
-    /// position, to `scores` `[rows, 64]`. The greater backends of a CPU share this with the lesser ones.
-    pub fn outlier_scores(self, q: &[f32], block: &BlockView<'_>, table: &BlockTable, scores: &mut [Row]) {
-        let (v, turn) = (coded(&block.key), block.origin.map(|_| table));
-        assert!(scores.len() <= ROWS && q.len() == scores.len() * v.head_dim(), "up to 4 whole rows");
-        by_backend!(self, scalar::outlier_scores(q, &v, turn, scores), |s, _GREATER| {
-            by_rows!(scores.len(), scores_of::<_>(&mut s.outliers, q, &v, turn, scores))
-        });
-    }
-
-    /// Adds what outliers of a block's coded values make of up to 4 rows of weights `[rows, 64]` to `out` `[rows, head_dim]`.
-    /// The greater backends of a CPU share this with the lesser ones.
-    pub fn outlier_outputs(self, weights: &[Row], block: &BlockView<'_>, out: &mut [f32]) {
-        let v = coded(&block.value);
-        let d = v.head_dim();
-        assert!(weights.len() <= ROWS && out.len() == weights.len() * d, "up to 4 whole rows");
-        by_backend!(self, scalar::outlier_outputs(weights, &v, out), |s, _GREATER| {
-            let (views, rows) = (std::slice::from_ref(&v), ByBlock { rows: weights, step: weights.len() });
-            by_rows!(weights.len(), outputs_of::<_>(&mut s.outliers, views, rows, d, out))
-        });
-    }
-}
-
-/// # Safety
-/// The CPU has what the lesser backend needs.
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-unsafe fn scores_of<const R: usize>(
-    s: &mut outliers::Scratch,
-    q: &[f32],
-    v: &CodedView<'_>,
-    turn: Option<&BlockTable>,
-    scores: &mut [Row],
-) {
-    let scores = scores.first_chunk_mut().expect("called with R rows");
-    // SAFETY: passed on.
-    unsafe { outliers::score::<R>(s, q, v.head_dim(), v, turn, scores) };
-}
-
-/// # Safety
-/// The CPU has what the lesser backend needs.
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-unsafe fn outputs_of<const R: usize>(
-    s: &mut outliers::Scratch,
-    blocks: &[CodedView<'_>],
-    weights: ByBlock<'_>,
-    d: usize,
-    out: &mut [f32],
-) {
-    // SAFETY: passed on.
-    unsafe { outliers::mix::<R>(s, blocks, weights, d, out) };
 }

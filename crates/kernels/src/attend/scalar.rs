@@ -107,29 +107,6 @@ pub(super) fn outputs(weights: &[Row], block: &BlockView<'_>, out: &mut [f32]) {
     }
 }
 
-/// What outliers add to [`scores`]: residual times the query's channel, turned by the token's place.
-pub(super) fn outlier_scores(q: &[f32], v: &CodedView<'_>, turn: Option<&BlockTable>, scores: &mut [Row]) {
-    for (q, scores) in q.chunks_exact(v.head_dim()).zip(scores) {
-        for (c, t, residual) in v.each_outlier() {
-            let mut x = q[c];
-            if let Some(table) = turn {
-                let (cos, sin) = (table.cos[c / 2 * TOKENS + t], table.sin[c / 2 * TOKENS + t]);
-                x = if c % 2 == 0 { x * cos + q[c + 1] * sin } else { x * cos - q[c - 1] * sin };
-            }
-            scores[t] += x * half(residual);
-        }
-    }
-}
-
-/// What outliers add to [`outputs`].
-pub(super) fn outlier_outputs(weights: &[Row], v: &CodedView<'_>, out: &mut [f32]) {
-    for (weights, out) in weights.iter().zip(out.chunks_exact_mut(v.head_dim())) {
-        for (c, t, residual) in v.each_outlier() {
-            out[c] += weights[t] * half(residual);
-        }
-    }
-}
-
 /// softmax(q K^T) V over the block, folded into the state.
 pub(super) fn attend(rows: &Rows<'_>, block: &BlockView<'_>, table: &BlockTable, state: &mut State) {
     let mut weights = vec![[0.0; TOKENS]; rows.len()];

@@ -15,7 +15,7 @@
 pub(super) mod decode;
 mod float;
 mod mix;
-pub(super) mod outliers;
+mod outliers;
 mod prefill;
 mod score;
 mod unpack;

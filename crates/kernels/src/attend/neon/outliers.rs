@@ -98,7 +98,7 @@ fn add(to: &mut Four, x: float32x4_t, residual: f32) {
 
 /// scores[r][t] += residual * (the query's share of the channel at the token). `q` is `[R, d]`.
 #[target_feature(enable = "neon")]
-pub(in super::super) fn score<const R: usize>(
+pub(super) fn score<const R: usize>(
     s: &mut Scratch,
     q: &[f32],
     d: usize,
@@ -134,7 +134,7 @@ pub(in super::super) fn score<const R: usize>(
 
 /// out[r][c] += weights[r][t] * residual, over some blocks. `out` is `[R, d]`.
 #[target_feature(enable = "neon")]
-pub(in super::super) fn mix<const R: usize>(
+pub(super) fn mix<const R: usize>(
     s: &mut Scratch,
     blocks: &[CodedView<'_>],
     weights: ByBlock<'_>,

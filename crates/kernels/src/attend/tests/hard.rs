@@ -107,38 +107,6 @@ fn more_outliers_than_codes() {
     }
 }
 
-#[test]
-fn outliers_by_themselves() {
-    let (mut n, d) = (Noise(28), 80);
-    for form in FORMS.into_iter().filter(|form| !matches!(form, Form::Rows | Form::Tile)) {
-        for (outliers, rows, origin) in [(1, 1, Some(64)), (9, 2, None), (40, 3, Some(64)), (255, 4, Some(64))] {
-            let (k, v) =
-                (Owned::new(&mut n, form, d, 64, 1.0, outliers), Owned::new(&mut n, form, d, 64, 1.0, outliers));
-            let (luts, rope) = ((k.lut(), v.lut()), rope(d));
-            let (table, rotation) = (rope.block_table(), rope.rotation(0));
-            let block = BlockView::new(k.view(&luts.0), v.view(&luts.1), 64, origin.map(|_: usize| &rotation)).unwrap();
-            let q = n.vec(rows * d, 1.0);
-            let weights: Vec<[f32; 64]> = (0..rows).map(|_| std::array::from_fn(|_| n.unit().abs())).collect();
-            let all = |kernels: Kernels| {
-                let (mut scores, mut out) = (vec![[0.5; 64]; rows], vec![0.25; rows * d]);
-                kernels.outlier_scores(&q, &block, &table, &mut scores);
-                kernels.outlier_outputs(&weights, &block, &mut out);
-                [scores.into_flattened(), out].concat()
-            };
-            let want = all(Kernels::available()[0]);
-            for kernels in Kernels::available() {
-                for (i, (x, y)) in all(kernels).iter().zip(&want).enumerate() {
-                    assert!(
-                        (x - y).abs() < 1e-4,
-                        "{} {form:?} {outliers} outliers, {rows} rows, place {i}: {x} {y}",
-                        kernels.name()
-                    );
-                }
-            }
-        }
-    }
-}
-
 /// The query that scores `score` on the token, and, since keys are random, far less on others.
 fn towards(key: &Owned, token: usize, origin: Option<usize>, score: f64) -> Vec<f32> {
     let mut k: Vec<f64> = (0..key.d).map(|c| key.at(c, token)).collect();
