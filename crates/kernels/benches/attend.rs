@@ -2,69 +2,22 @@
 //!
 //! `cargo bench -p kvquant-kernels --bench attend`, or only some lines: `... --bench attend -- avx2 nuq3`
 
+mod history;
+
 use std::hint::black_box;
 use std::time::Instant;
 
 use half::f16;
-use kvquant_kernels::attend::{
-    BLOCKS as AT_ONCE, BlockView, CodedView, HeadLut, Kernels, Outliers, Rows, SideView, State, TokenScales,
-};
+use history::{HEAD_DIM, History};
+use kvquant_kernels::attend::{BLOCKS as AT_ONCE, BlockView, Kernels, Rows, SideView, State};
 use kvquant_kernels::rope::Rope;
-use kvquant_quant::pack::{BLOCK_TOKENS, unit_bytes};
-use kvquant_quant::{TOP, Table};
+use kvquant_quant::pack::BLOCK_TOKENS;
 
-const HEAD_DIM: usize = 64;
 const GROUP: usize = 3;
 /// 64 MB of fp16 keys and values: beyond any cache.
 const BLOCKS: usize = 4096;
 /// Blocks that stay in the first cache, to see what is not the memory's.
 const HOT: usize = 2;
-
-/// Codes of one side of all blocks, one after another.
-struct History {
-    widths: Vec<u8>,
-    codes: Vec<u8>,
-    tables: Vec<Table>,
-    steps: Vec<f32>,
-    scale: Vec<u16>,
-    counts: Vec<u8>,
-    places: Vec<u8>,
-    residuals: Vec<[u8; 2]>,
-}
-
-impl History {
-    fn new(widths: &[u8], token_scales: bool, outliers_a_unit: usize) -> Self {
-        let units = HEAD_DIM / 4;
-        let mix = |i: usize| (i as u32).wrapping_mul(0x9E37_79B9) ^ (i as u32) << 7;
-        let widths: Vec<u8> = (0..units).map(|u| widths[u % widths.len()]).collect();
-        let a_block: usize = widths.iter().map(|&b| unit_bytes(b as u32)).sum();
-        let tables = if token_scales { 1 } else { HEAD_DIM };
-        let low: Vec<i16> = (0..16).map(|i| (i % 13 - 6) * TOP / 12).collect();
-        History {
-            widths,
-            codes: (0..BLOCKS * a_block).map(|i| (mix(i) >> 9) as u8).collect(),
-            tables: vec![Table::new(&low, &[0, 1, 2, 3]); tables],
-            steps: vec![1.0 / TOP as f32; tables],
-            scale: if token_scales { vec![f16::ONE.to_bits(); BLOCK_TOKENS] } else { vec![] },
-            counts: vec![outliers_a_unit as u8; units],
-            places: (0..units * outliers_a_unit).map(|i| (mix(i) >> 5) as u8).collect(),
-            residuals: vec![f16::from_f32(0.5).to_le_bytes(); units * outliers_a_unit],
-        }
-    }
-
-    fn lut(&self) -> HeadLut<'_> {
-        let group = (!self.scale.is_empty()).then_some(HEAD_DIM);
-        HeadLut::new(&self.widths, &self.tables, &self.steps, &[], group).expect("sizes follow from the widths")
-    }
-
-    fn view<'a>(&'a self, lut: &'a HeadLut<'a>, block: usize) -> SideView<'a> {
-        let bytes = self.codes.len() / BLOCKS;
-        let scales = (!self.scale.is_empty()).then_some(TokenScales { scale: &self.scale, zero: &self.scale });
-        let outliers = Outliers { counts: &self.counts, places: &self.places, residuals: &self.residuals };
-        let codes = &self.codes[block * bytes..(block + 1) * bytes];
-        SideView::Coded(CodedView::new(lut, codes, scales, outliers).expect("sizes follow from the widths"))
-    }
-}
 
 /// Seconds a block, over `distinct` blocks again and again.
 fn time<'a>(kernels: Kernels, distinct: usize, block: impl Fn(usize) -> (SideView<'a>, SideView<'a>)) -> f64 {
@@ -138,7 +91,7 @@ fn main() {
             if !wanted(kernels, &name) {
                 continue;
             }
-            let (k, v) = (History::new(&[bits], false, 3), History::new(&[bits], true, 3));
+            let (k, v) = (History::new(BLOCKS, &[bits], false, 3), History::new(BLOCKS, &[bits], true, 3));
             let (k_lut, v_lut) = (k.lut(), v.lut());
             let t = [BLOCKS, HOT].map(|n| time(kernels, n, |b| (k.view(&k_lut, b), v.view(&v_lut, b))));
             row(&name, bits as f64 + 0.36, t);
@@ -148,7 +101,7 @@ fn main() {
             if !wanted(kernels, &name) {
                 continue;
             }
-            let (k, v) = (History::new(&widths, false, 0), History::new(&widths, false, 0));
+            let (k, v) = (History::new(BLOCKS, &widths, false, 0), History::new(BLOCKS, &widths, false, 0));
             let (k_lut, v_lut) = (k.lut(), v.lut());
             let t = [BLOCKS, HOT].map(|n| time(kernels, n, |b| (k.view(&k_lut, b), v.view(&v_lut, b))));
             row(&name, mean as f64, t);

@@ -15,6 +15,8 @@
 pub mod attend;
 pub mod dispatch;
 pub mod linalg;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod rope;
 pub mod rowwise;
 pub mod weights;

@@ -37,7 +37,7 @@ pub struct BlockTable {
     pub(crate) cos16: Vec<[i16; BLOCK_TOKENS]>,
     /// sin likewise.
     pub(crate) sin16: Vec<[i16; BLOCK_TOKENS]>,
-    /// [cos, sin] of each pair in units of 2^-15, tokens in [`evens_first`] order.
+    /// [cos, sin] of each pair in units of 2^-15, tokens in [`TURNS_ORDER`].
     pub(crate) wide16: Vec<Turns16>,
 }
 
@@ -57,6 +57,9 @@ pub(crate) const fn shuffled(place: usize) -> usize {
 pub(crate) const fn evens_first(place: usize) -> usize {
     place / 32 * 32 + place % 16 * 2 + place % 32 / 16
 }
+
+/// The order of [`Turns16`]: what AVX-512's shifts deliver; NEON's shuffles keep tokens as they come.
+const TURNS_ORDER: fn(usize) -> usize = if cfg!(target_arch = "aarch64") { |place| place } else { evens_first };
 
 impl Rope {
     /// Channels of a head.
@@ -94,7 +97,7 @@ impl Rope {
             std::array::from_fn(|i| (part(token(i) as f64 * f) * 32768.0).round() as i16)
         };
         let all = |part| self.inv_freq.iter().map(|f| sixteen(f, part, shuffled)).collect();
-        let both = |f| Turns16([f64::cos, f64::sin].map(|part| sixteen(f, part, evens_first)));
+        let both = |f| Turns16([f64::cos, f64::sin].map(|part| sixteen(f, part, TURNS_ORDER)));
         let wide16 = self.inv_freq.iter().map(both).collect();
         let turns = cos.iter().zip(&sin).map(|(c, s)| [*c, *s]).collect();
         BlockTable { turns, cos16: all(f64::cos), sin16: all(f64::sin), wide16, cos, sin }

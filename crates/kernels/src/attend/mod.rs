@@ -11,8 +11,11 @@
 //!   as a matrix.
 
 // Without kernels of its own, a CPU uses what the twin needs.
-#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, unused))]
+#![cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code, unused))]
 
+mod ahead;
+mod by_const;
+mod parts;
 mod rows;
 mod scalar;
 mod state;
@@ -22,6 +25,8 @@ mod view;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 pub use rows::Rows;
 pub use state::State;
@@ -47,6 +52,11 @@ enum Backend {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// NEON with the dot product extension and RDM.
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
 }
 
 impl Kernels {
@@ -60,6 +70,8 @@ impl Kernels {
             Isa::Avx512 => Kernels(Backend::Avx512),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Kernels(Backend::Avx2),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => Kernels(if has_dot() { Backend::NeonDot } else { Backend::Neon }),
             _ => Kernels(Backend::Scalar),
         })
     }
@@ -74,10 +86,21 @@ impl Kernels {
                 all.push(Kernels(Backend::Avx512));
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if Isa::Neon.is_available() {
+            all.push(Kernels(Backend::Neon));
+            if has_dot() {
+                all.push(Kernels(Backend::NeonDot));
+            }
+        }
         all
     }
 
-    /// `scalar`, `avx2` or `avx512`.
+    /// The names of every backend, whatever this CPU has: `scalar`, `avx2`, `avx512`, `neon`, and `neon-dot` with the dot
+    /// product extension and RDM.
+    pub const NAMES: [&'static str; 5] = ["scalar", "avx2", "avx512", "neon", "neon-dot"];
+
+    /// One of [`NAMES`](Self::NAMES).
     pub fn name(self) -> &'static str {
         match self.0 {
             Backend::Scalar => "scalar",
@@ -85,6 +108,10 @@ impl Kernels {
             Backend::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Backend::Avx512 => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Backend::Neon => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Backend::NeonDot => "neon-dot",
         }
     }
 
@@ -97,6 +124,9 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: Kernels values with these backends exist only where AVX2, FMA and F16C were detected.
             Backend::Avx2 | Backend::Avx512 => unsafe { avx2::dequant(side, len, tile) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: Kernels values with these backends exist only where NEON was detected.
+            Backend::Neon | Backend::NeonDot => unsafe { neon::dequant(side, len, tile) },
         }
     }
 
@@ -106,8 +136,8 @@ impl Kernels {
             Backend::Scalar => {
                 let _ = of;
             }
-            #[cfg(target_arch = "x86_64")]
-            Backend::Avx2 | Backend::Avx512 => avx2::prefetch_lines(of),
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            _ => ahead::prefetch_lines(of),
         }
     }
 
@@ -140,8 +170,19 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a Kernels value with this backend exists only where all that it names was detected.
             Backend::Avx512 => unsafe { avx2::attend::<true>(rows, blocks, next, table, state) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: a Kernels value with this backend exists only where NEON was detected.
+            Backend::Neon => unsafe { neon::attend::<false>(rows, blocks, next, table, state) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: a Kernels value with this backend exists only where all that it names was detected.
+            Backend::NeonDot => unsafe { neon::attend::<true>(rows, blocks, next, table, state) },
         }
     }
+}
+
+#[cfg(target_arch = "aarch64")]
+fn has_dot() -> bool {
+    std::arch::is_aarch64_feature_detected!("dotprod") && std::arch::is_aarch64_feature_detected!("rdm")
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The query rows of one KV head.
 
+use super::view::TOKENS;
 use super::{BlockView, State};
 
 /// Query rows `[tokens * group, head_dim]`, token by token, the heads of the group inside.
@@ -39,5 +40,25 @@ impl Rows<'_> {
         assert_eq!(self.len(), state.rows(), "one state a row");
         assert_eq!(self.head_dim, state.head_dim(), "rows and state agree on head_dim");
         assert_eq!(self.head_dim, block.head_dim(), "rows and block agree on head_dim");
+    }
+}
+
+/// Rows that are multiplied at a time: their sums stay in registers.
+pub(super) const ROWS: usize = 4;
+
+/// One row of scores or probabilities over a block.
+pub(super) type Row = [f32; TOKENS];
+
+/// The same rows of some blocks: row r of block b at `rows[b * step + r]`.
+#[derive(Clone, Copy)]
+pub(super) struct ByBlock<'a> {
+    pub rows: &'a [Row],
+    pub step: usize,
+}
+
+impl<'a> ByBlock<'a> {
+    #[inline(always)]
+    pub fn row(&self, block: usize, row: usize) -> &'a Row {
+        &self.rows[block * self.step + row]
     }
 }

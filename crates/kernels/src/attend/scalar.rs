@@ -4,6 +4,7 @@
 use half::f16;
 use kvquant_quant::pack::{UNIT_CHANNELS, get_code};
 
+use super::rows::Row;
 use super::view::{CodedView, TOKENS};
 use super::{BlockView, Rows, SideView, State};
 use crate::rope::BlockTable;
@@ -73,37 +74,54 @@ fn rotate(tile: &mut [f32], table: &BlockTable) {
     }
 }
 
-/// softmax(q K^T) V over the block, folded into the state.
-pub(super) fn attend(rows: &Rows<'_>, block: &BlockView<'_>, table: &BlockTable, state: &mut State) {
+/// scores[r][t] = q[r] * key[t], -inf where a row does not see a token.
+pub(super) fn scores(rows: &Rows<'_>, block: &BlockView<'_>, table: &BlockTable, scores: &mut [Row]) {
     let d = rows.head_dim;
     let mut keys = vec![0.0f32; d * TOKENS];
-    let mut values = vec![0.0f32; d * TOKENS];
     dequant(&block.key, block.len, &mut keys);
-    dequant(&block.value, block.len, &mut values);
     if block.origin.is_some() {
         rotate(&mut keys, table);
     }
     let mut local = vec![0.0f32; d];
-    let mut weights = [0.0f32; TOKENS];
-    for (r, q) in rows.q.chunks_exact(d).enumerate() {
-        let n = rows.visible(r, block.len);
-        if n == 0 {
-            continue;
-        }
+    for (r, (q, scores)) in rows.q.chunks_exact(d).zip(scores).enumerate() {
         match block.origin {
             Some(origin) => origin.undo(q, &mut local),
             None => local.copy_from_slice(q),
         }
-        for (t, w) in weights[..n].iter_mut().enumerate() {
-            *w = local.iter().enumerate().map(|(c, x)| x * keys[c * TOKENS + t]).sum();
-        }
-        let max = state.raise(r, weights[..n].iter().copied().fold(f32::NEG_INFINITY, f32::max));
-        for w in &mut weights[..n] {
-            *w = (*w - max).exp();
-        }
-        state.sum[r] += weights[..n].iter().sum::<f32>();
-        for (c, o) in state.out[r * d..(r + 1) * d].iter_mut().enumerate() {
-            *o += weights[..n].iter().zip(&values[c * TOKENS..]).map(|(w, x)| w * x).sum::<f32>();
+        scores.fill(f32::NEG_INFINITY);
+        for (t, s) in scores[..rows.visible(r, block.len)].iter_mut().enumerate() {
+            *s = local.iter().enumerate().map(|(c, x)| x * keys[c * TOKENS + t]).sum();
         }
     }
+}
+
+/// out[r] += the sum over tokens of weights[r][t] * value[t].
+pub(super) fn outputs(weights: &[Row], block: &BlockView<'_>, out: &mut [f32]) {
+    let d = block.head_dim();
+    let mut values = vec![0.0f32; d * TOKENS];
+    dequant(&block.value, block.len, &mut values);
+    for (weights, out) in weights.iter().zip(out.chunks_exact_mut(d)) {
+        for (o, values) in out.iter_mut().zip(values.chunks_exact(TOKENS)) {
+            *o += weights.iter().zip(values).map(|(w, x)| w * x).sum::<f32>();
+        }
+    }
+}
+
+/// softmax(q K^T) V over the block, folded into the state.
+pub(super) fn attend(rows: &Rows<'_>, block: &BlockView<'_>, table: &BlockTable, state: &mut State) {
+    let mut weights = vec![[0.0; TOKENS]; rows.len()];
+    scores(rows, block, table, &mut weights);
+    for (r, weights) in weights.iter_mut().enumerate() {
+        let n = rows.visible(r, block.len);
+        if n == 0 {
+            weights.fill(0.0);
+            continue;
+        }
+        let max = state.raise(r, weights[..n].iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        for w in weights.iter_mut() {
+            *w = (*w - max).exp();
+        }
+        state.sum[r] += weights.iter().sum::<f32>();
+    }
+    outputs(&weights, block, &mut state.out);
 }

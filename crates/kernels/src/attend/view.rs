@@ -10,6 +10,7 @@ use crate::rope::Rotation;
 
 pub(super) const TOKENS: usize = BLOCK_TOKENS;
 /// Codes (and f32 places) in a unit.
+#[cfg(target_arch = "x86_64")]
 pub(super) const UNIT: usize = UNIT_CHANNELS * BLOCK_TOKENS;
 
 /// A block's parts do not fit each other.

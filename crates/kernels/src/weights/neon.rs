@@ -3,40 +3,16 @@
 //! Products are those of the twin, bit for bit. Codes of 8 bits are taken as signed, which is their center gone.
 
 use std::arch::aarch64::*;
-use std::arch::asm;
 
 use super::Weight;
 use super::activations::{LOWER, WORDS, stride};
 use super::integers::Kernel;
 use super::layout::{BLOCK, Format, Layout, Line, ROWS};
 use super::product::Sink;
+use crate::neon::dot;
 
 /// NEON, and the dot product extension where DOT.
 pub(super) struct Integers<const DOT: bool>;
-
-/// sum += 4 dot products of 4 codes with the same 4 activations.
-///
-/// # Safety
-/// NEON, and the dot product extension where DOT.
-#[inline(always)]
-unsafe fn dot<const DOT: bool>(mut sum: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
-    // SAFETY: the caller's promise; the instruction touches registers only.
-    unsafe {
-        if DOT {
-            asm!(
-                ".arch_extension dotprod",
-                "sdot {0:v}.4s, {1:v}.16b, {2:v}.16b",
-                inout(vreg) sum, in(vreg) codes, in(vreg) x,
-                options(pure, nomem, nostack, preserves_flags)
-            );
-            sum
-        } else {
-            let low = vmull_s8(vget_low_s8(codes), vget_low_s8(x));
-            let high = vmull_high_s8(codes, x);
-            vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)))
-        }
-    }
-}
 
 /// Vector k of 4 rows from `4 * quarter` on.
 ///

@@ -3,36 +3,17 @@
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
+pub(in super::super) use super::super::rows::{ByBlock, ROWS, Row};
 use super::super::view::{CodedView, TOKENS};
 use super::super::{BLOCKS, BlockView, Rows, SideView, State, avx512};
 use super::ahead::Ahead;
 use super::{float, mix, outliers, score, softmax};
 use crate::rope::{BlockTable, Rotation};
 
-/// Rows that are multiplied at a time: their sums stay in registers.
-pub(in super::super) const ROWS: usize = 4;
-
-/// One row of scores or probabilities over a block.
-pub(in super::super) type Row = [f32; TOKENS];
-
 /// Two vectors of a tile.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(in super::super) struct Line(pub [[i32; 8]; 2]);
-
-/// The same rows of some blocks: row r of block b at `rows[b * step + r]`.
-#[derive(Clone, Copy)]
-pub(in super::super) struct ByBlock<'a> {
-    pub rows: &'a [Row],
-    pub step: usize,
-}
-
-impl<'a> ByBlock<'a> {
-    #[inline(always)]
-    pub fn row(&self, block: usize, row: usize) -> &'a Row {
-        &self.rows[block * self.step + row]
-    }
-}
 
 /// Signposts of a channel in the order of [`crate::rope::shuffled`].
 #[derive(Clone, Copy)]
@@ -92,9 +73,38 @@ unsafe fn with<const WIDE: bool>(
     table: &BlockTable,
     state: &mut State,
 ) {
-    let (d, n) = (rows.head_dim, rows.len());
+    let n = rows.len();
     let mut weights = std::mem::take(&mut s.weights);
     weights.resize(blocks.len() * n, [0.0; TOKENS]);
+    // SAFETY: passed on.
+    unsafe {
+        scores::<WIDE>(s, rows, blocks, next, table, &mut weights);
+        for r in 0..n {
+            if WIDE {
+                avx512::softmax(&mut weights[r..], r, n, state);
+            } else {
+                softmax(&mut weights[r..], r, n, state);
+            }
+        }
+        outputs::<WIDE>(s, blocks, next, &weights, rows.head_dim, &mut state.out);
+    }
+    s.weights = weights;
+}
+
+/// Scores `[blocks, rows, 64]`, -inf where a row does not see a token.
+///
+/// # Safety
+/// As [`attend`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) unsafe fn scores<const WIDE: bool>(
+    s: &mut Scratch,
+    rows: &Rows<'_>,
+    blocks: &[BlockView<'_>],
+    next: &[BlockView<'_>],
+    table: &BlockTable,
+    weights: &mut [Row],
+) {
+    let (d, n) = (rows.head_dim, rows.len());
     s.local.resize(n * d, 0.0);
     let mut before = None;
     for (b, (block, scores)) in blocks.iter().zip(weights.chunks_exact_mut(n)).enumerate() {
@@ -132,15 +142,23 @@ unsafe fn with<const WIDE: bool>(
             row[rows.visible(r, block.len)..].fill(f32::NEG_INFINITY);
         }
     }
-    for r in 0..n {
-        if WIDE {
-            // SAFETY: passed on.
-            unsafe { avx512::softmax(&mut weights[r..], r, n, state) };
-        } else {
-            softmax(&mut weights[r..], r, n, state);
-        }
-    }
-    let mut rest = (blocks, &weights[..]);
+}
+
+/// Adds the outputs of probabilities `[blocks, rows, 64]` to `out` `[rows, head_dim]`.
+///
+/// # Safety
+/// As [`attend`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) unsafe fn outputs<const WIDE: bool>(
+    s: &mut Scratch,
+    blocks: &[BlockView<'_>],
+    next: &[BlockView<'_>],
+    weights: &[Row],
+    d: usize,
+    out: &mut [f32],
+) {
+    let n = weights.len() / blocks.len();
+    let mut rest = (blocks, weights);
     while let ([first, ..], _) = rest {
         // As many coded blocks at a time as share their tables.
         let mut coded = [None; BLOCKS];
@@ -162,25 +180,24 @@ unsafe fn with<const WIDE: bool>(
                 SideView::Tile { data } if WIDE => {
                     let behind = rest.0.get(1).and_then(|behind| tile_of(&behind.value));
                     // SAFETY: passed on.
-                    unsafe { avx512::tile::mix(now, d, data, behind, &mut state.out) };
+                    unsafe { avx512::tile::mix(now, d, data, behind, out) };
                 }
-                side => float::mix(now, &mut s.tile, d, side, first.len, &mut state.out),
+                side => float::mix(now, &mut s.tile, d, side, first.len, out),
             },
             [Some(v), ..] => {
                 let views: [CodedView<'_>; BLOCKS] = coded.map(|each| *each.unwrap_or(v));
                 let views = &views[..together];
                 if WIDE {
                     // SAFETY: passed on.
-                    unsafe { avx512::mix(s, views, now, d, &mut ahead, &mut state.out) };
+                    unsafe { avx512::mix(s, views, now, d, &mut ahead, out) };
                 } else {
-                    mix::coded(s, views, now, d, &mut ahead, &mut state.out);
+                    mix::coded(s, views, now, d, &mut ahead, out);
                 }
             }
         }
         ahead.iter_mut().for_each(Ahead::rest);
         rest = (&rest.0[together.max(1)..], later);
     }
-    s.weights = weights;
 }
 
 /// A side's fp16 data, where that is all it is.

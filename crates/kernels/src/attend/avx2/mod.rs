@@ -7,7 +7,6 @@
 //! - exp is a polynomial (relative error below 3e-7), 0 below -87;
 //! - sums run in another order.
 
-pub(super) mod ahead;
 pub(super) mod decode;
 mod float;
 pub(super) mod mix;
@@ -18,6 +17,7 @@ pub(super) mod unpack;
 
 use std::arch::x86_64::*;
 
+pub(super) use super::ahead::{self, prefetch_lines};
 use super::view::TOKENS;
 use super::{BlockView, DECODE_ROWS, Rows, SideView, State};
 use crate::rope::BlockTable;
@@ -65,17 +65,6 @@ pub(super) unsafe fn dequant(side: &SideView<'_>, len: usize, tile: &mut [f32]) 
         for channel in tile.chunks_exact_mut(TOKENS) {
             channel[len..].fill(0.0);
         }
-    }
-}
-
-pub(super) fn prefetch_lines<T>(of: &[T]) {
-    const LINE: usize = 64;
-    let first: *const i8 = of.as_ptr().cast();
-    let bytes = size_of_val(of);
-    // A slice begins anywhere in a line: its last byte may lie in one more than its length says.
-    for at in (0..bytes).step_by(LINE).chain(bytes.checked_sub(1)) {
-        // SAFETY: the address lies in the slice; a prefetch changes nothing that a program can see. SSE is part of x86-64.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(first.add(at)) };
     }
 }
 

@@ -6,6 +6,7 @@ use std::arch::x86_64::*;
 use kvquant_quant::Table;
 use kvquant_quant::pack::{LOW_BITS, UNIT_CHANNELS, VECTOR};
 
+pub(in super::super) use super::super::by_const::{by_rows, by_width, units};
 use super::super::view::{CodedView, Run, TOKENS};
 use super::{halves, load, store};
 
@@ -122,43 +123,6 @@ pub(super) fn look_up<const B: u32>(table: &Table, low: Codes, high: Codes) -> S
     let y = entries(&table.high, high);
     let add = |i: usize, j: usize| _mm256_add_epi16(x[i][j], y[i][j]);
     [[add(0, 0), add(0, 1)], [add(1, 0), add(1, 1)]]
-}
-
-/// Calls a function with a run's width as its const argument.
-macro_rules! by_width {
-    ($run:expr, $f:ident::<_ $(, $g:tt)*>($($x:expr),* $(,)?)) => {
-        match $run.bits {
-            0 => $f::<0 $(, $g)*>($($x),*),
-            1 => $f::<1 $(, $g)*>($($x),*),
-            2 => $f::<2 $(, $g)*>($($x),*),
-            3 => $f::<3 $(, $g)*>($($x),*),
-            4 => $f::<4 $(, $g)*>($($x),*),
-            5 => $f::<5 $(, $g)*>($($x),*),
-            6 => $f::<6 $(, $g)*>($($x),*),
-            _ => $f::<7 $(, $g)*>($($x),*),
-        }
-    };
-}
-pub(in super::super) use by_width;
-
-/// Calls a function with a number of rows, 1 to 4, as its const argument.
-macro_rules! by_rows {
-    ($n:expr, $f:ident::<_>($($x:expr),* $(,)?)) => {
-        match $n {
-            1 => $f::<1>($($x),*),
-            2 => $f::<2>($($x),*),
-            3 => $f::<3>($($x),*),
-            _ => $f::<4>($($x),*),
-        }
-    };
-}
-pub(in super::super) use by_rows;
-
-/// Units of a run: number of the unit, its vectors.
-#[inline(always)]
-pub(in super::super) fn units<'a, const B: u32>(run: &Run<'a>) -> impl Iterator<Item = (usize, &'a [[u8; VECTOR]])> {
-    let vectors = run.vectors;
-    run.units.clone().enumerate().map(move |(i, u)| (u, &vectors[i * B as usize..][..B as usize]))
 }
 
 /// The whole side as f32, `[head_dim, 64]`.

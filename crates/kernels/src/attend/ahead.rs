@@ -1,0 +1,94 @@
+//! The block that comes next, asked for a few lines at a time: blocks lie apart, where no CPU looks ahead by itself, and a
+//! burst of requests would wait for the ones before it.
+
+use super::SideView;
+
+const LINE: usize = 64;
+
+/// Codes of one side that are still to be asked for. What else the side has is few lines, asked for at once.
+pub(super) struct Ahead<'a> {
+    codes: &'a [u8],
+    at: usize,
+}
+
+/// Asks for a line, into the cache of that level. Nothing happens that a program can see, whatever the address.
+#[inline(always)]
+fn ask<const LEVEL: u32>(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: nothing is read or written. SSE is part of x86-64.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        if LEVEL == 1 { _mm_prefetch::<_MM_HINT_T0>(at.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: nothing is read or written; the instruction is part of aarch64.
+    unsafe {
+        use std::arch::asm;
+        if LEVEL == 1 {
+            asm!("prfm pldl1keep, [{0}]", in(reg) at, options(nostack, preserves_flags, readonly));
+        } else {
+            asm!("prfm pldl2keep, [{0}]", in(reg) at, options(nostack, preserves_flags, readonly));
+        }
+    }
+}
+
+/// Asks for all lines of a slice, which begins anywhere in one.
+#[inline(always)]
+fn all<const LEVEL: u32>(of: *const u8, bytes: usize) {
+    let skew = of.addr() % LINE;
+    for at in (0..if bytes == 0 { 0 } else { bytes + skew }).step_by(LINE) {
+        ask::<LEVEL>(of.wrapping_add(at));
+    }
+}
+
+impl<'a> Ahead<'a> {
+    #[inline]
+    pub fn of(next: Option<&SideView<'a>>) -> Self {
+        let codes = match next {
+            Some(SideView::Coded(v)) => {
+                let (scale, zero) = v.scales.map_or((&[][..], &[][..]), |s| (s.scale, s.zero));
+                let [scale, zero] = [scale, zero].map(bytemuck::cast_slice);
+                for few in [v.outliers.places, v.outliers.residuals.as_flattened(), scale, zero] {
+                    all::<1>(few.as_ptr(), few.len());
+                }
+                v.codes
+            }
+            // Long enough for the CPU to see where it goes.
+            Some(SideView::Tile { data }) => bytemuck::cast_slice(&data[..data.len().min(512)]),
+            _ => &[],
+        };
+        Ahead { codes, at: 0 }
+    }
+
+    /// Asks for the next `n` lines.
+    #[inline(always)]
+    pub fn lines(&mut self, n: usize) {
+        // A slice begins anywhere in a line: its last byte may lie in one more than its length says.
+        let skew = self.codes.as_ptr().addr() % LINE;
+        for _ in 0..n {
+            if self.at < self.codes.len() + skew {
+                ask::<2>(self.codes.as_ptr().wrapping_add(self.at));
+                self.at += LINE;
+            }
+        }
+    }
+
+    /// Asks for all that is left.
+    #[inline]
+    pub fn rest(&mut self) {
+        let skew = self.codes.as_ptr().addr() % LINE;
+        while self.at < self.codes.len() + skew {
+            self.lines(1);
+        }
+    }
+}
+
+/// Lines to ask for beside a unit of `bits`-bit codes: as many as such a unit has, and something for what is not codes.
+pub(super) const fn lines_a_unit(bits: u32) -> usize {
+    bits as usize / 2 + 1
+}
+
+/// Asks for all of a slice.
+pub(super) fn prefetch_lines<T>(of: &[T]) {
+    all::<2>(of.as_ptr().cast(), size_of_val(of));
+}
