@@ -7,59 +7,62 @@ use super::super::SideView;
 
 const LINE: usize = 64;
 
-/// Lines of one side that are still to be asked for.
+/// Codes of one side that are still to be asked for. What else the side has is few lines, asked for at once.
 pub(in super::super) struct Ahead<'a> {
-    parts: [&'a [u8]; 5],
-    part: usize,
+    codes: &'a [u8],
+    at: usize,
 }
 
-fn ask(byte: &u8) {
-    // SAFETY: a prefetch changes nothing that a program can see. SSE is part of x86-64.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(byte).cast()) };
+#[inline(always)]
+fn ask<const LEVEL: i32>(at: *const u8) {
+    // SAFETY: a prefetch changes nothing that a program can see, whatever the address. SSE is part of x86-64.
+    unsafe { _mm_prefetch::<LEVEL>(at.cast()) };
+}
+
+/// Asks for all lines of a slice, which begins anywhere in one.
+#[inline(always)]
+fn all(of: &[u8]) {
+    let skew = of.as_ptr().addr() % LINE;
+    for at in (0..of.len() + skew).step_by(LINE) {
+        ask::<_MM_HINT_T0>(of.as_ptr().wrapping_add(at));
+    }
 }
 
 impl<'a> Ahead<'a> {
+    #[inline]
     pub fn of(next: Option<&SideView<'a>>) -> Self {
-        let parts = match next {
+        let codes = match next {
             Some(SideView::Coded(v)) => {
                 let (scale, zero) = v.scales.map_or((&[][..], &[][..]), |s| (s.scale, s.zero));
                 let [scale, zero] = [scale, zero].map(bytemuck::cast_slice);
-                [v.outliers.places, v.outliers.residuals.as_flattened(), scale, zero, v.codes]
+                [v.outliers.places, v.outliers.residuals.as_flattened(), scale, zero].into_iter().for_each(all);
+                v.codes
             }
             // Long enough for the CPU to see where it goes.
-            Some(SideView::Tile { data }) => [&[], &[], &[], &[], bytemuck::cast_slice(&data[..data.len().min(512)])],
-            _ => [&[][..]; 5],
+            Some(SideView::Tile { data }) => bytemuck::cast_slice(&data[..data.len().min(512)]),
+            _ => &[],
         };
-        Ahead { parts, part: 0 }
+        Ahead { codes, at: 0 }
     }
 
     /// Asks for the next `n` lines.
     #[inline(always)]
     pub fn lines(&mut self, n: usize) {
+        // A slice begins anywhere in a line: its last byte may lie in one more than its length says.
+        let skew = self.codes.as_ptr().addr() % LINE;
         for _ in 0..n {
-            let Some(part) = self.parts.get_mut(self.part) else { return };
-            match part {
-                [first, .., last] => {
-                    ask(first);
-                    // A slice begins anywhere in a line: its last byte may lie in one more.
-                    if part.len() <= LINE {
-                        ask(last);
-                        self.part += 1;
-                    } else {
-                        *part = &part[LINE..];
-                    }
-                }
-                [] | [_] => {
-                    part.first().inspect(|byte| ask(byte));
-                    self.part += 1;
-                }
+            if self.at < self.codes.len() + skew {
+                ask::<_MM_HINT_T1>(self.codes.as_ptr().wrapping_add(self.at));
+                self.at += LINE;
             }
         }
     }
 
     /// Asks for all that is left.
+    #[inline]
     pub fn rest(&mut self) {
-        while self.part < self.parts.len() {
+        let skew = self.codes.as_ptr().addr() % LINE;
+        while self.at < self.codes.len() + skew {
             self.lines(1);
         }
     }

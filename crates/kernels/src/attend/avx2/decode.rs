@@ -57,6 +57,8 @@ pub(in super::super) struct Scratch {
     /// Sums of weights times signposts `[4, head_dim]`.
     pub sums: Vec<i32>,
     pub outliers: outliers::Scratch,
+    /// AVX-512's own.
+    pub wide: avx512::Scratch,
     /// A side as f32, where it has no integer form.
     pub tile: Vec<f32>,
 }
@@ -97,8 +99,11 @@ unsafe fn with<const WIDE: bool>(
     weights.resize(blocks.len() * n, [0.0; TOKENS]);
     s.local.resize(n * d, 0.0);
     let mut before = None;
+    let integer = |block: &BlockView<'_>| matches!(block.key, SideView::Coded(v) if v.scales.is_none());
     for (b, (block, scores)) in blocks.iter().zip(weights.chunks_exact_mut(n)).enumerate() {
         match block.origin {
+            // These turn queries themselves.
+            _ if WIDE && integer(block) => {}
             Some(origin) => {
                 for (q, to) in rows.q.chunks_exact(d).zip(s.local.chunks_exact_mut(d)) {
                     undo(origin, q, to);
@@ -111,13 +116,17 @@ unsafe fn with<const WIDE: bool>(
             && !before.is_some_and(|before: &CodedView<'_>| before.decodes_as(v))
         {
             score::steps_by_channel(v, &mut s.steps);
+            if WIDE && integer(block) {
+                // SAFETY: passed on.
+                unsafe { avx512::factors(rows.q, score::steps_of(v, &s.steps), &mut s.wide.factors) };
+            }
             before = Some(v);
         }
         let mut ahead = Ahead::of(next.get(b).map(|next| &next.key));
         match &block.key {
             // SAFETY: passed on.
             SideView::Coded(v) if v.scales.is_none() && WIDE => unsafe {
-                avx512::score(s, d, v, turn, &mut ahead, scores)
+                avx512::score(s, rows.q, v, block.origin, table, &mut ahead, scores)
             },
             SideView::Coded(v) if v.scales.is_none() => score::coded(s, d, v, turn, &mut ahead, scores),
             SideView::Tile { data } if WIDE => {

@@ -19,7 +19,7 @@ use super::unpack::{by_rows, by_width};
 use super::{LANES, halves, load, sum, unpack};
 
 /// Sum of the magnitudes of a row's integer weights.
-const WEIGHT_SUM: f32 = (i32::MAX / TOP as i32) as f32 - 64.0;
+pub(in super::super) const WEIGHT_SUM: f32 = (i32::MAX / TOP as i32) as f32 - 64.0;
 
 /// A row's integer weights in a block.
 type Integers = [[__m256i; 2]; 2];
