@@ -203,6 +203,10 @@ impl History<'_> {
                 }
                 if let Some(near) = blocks.get(b + BLOCKS) {
                     near.prefetch_index(&cx, self.kernels);
+                    if let Some(origin) = self.origins.map(|o| &o[b + BLOCKS]) {
+                        self.kernels.prefetch_bytes(&origin.cos);
+                        self.kernels.prefetch_bytes(&origin.sin);
+                    }
                 }
                 let first = self.sinks + (self.layer.dropped() + b) * BLOCK_TOKENS;
                 (Some(&*blocks[b]), first, blocks[b].len(cx.channels), self.origins.map(|o| &o[b]))
@@ -290,9 +294,11 @@ impl History<'_> {
         Ok(())
     }
 
-    /// Heads of a task: all of them for a few tokens; rows of more keep a thread busy with one.
+    /// Heads of a task: all of them for a few tokens over codes. Rows of more tokens keep a thread busy with one head, and
+    /// fp16 tiles are asked for head by head.
     fn heads_each(&self, tokens: &Range<usize>) -> usize {
-        if tokens.len() < BLOCK_TOKENS / 4 { self.shape.kv_heads } else { 1 }
+        let coded = self.layer.context(0).codec.is_some();
+        if tokens.len() < BLOCK_TOKENS / 4 && coded { self.shape.kv_heads } else { 1 }
     }
 
     /// Splits rows and parts so that all threads have work of about the same size, and puts the tasks at the front of

@@ -3,6 +3,7 @@
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use kvquant_kernels::attend::{Kernels, SideView, ViewError};
+use kvquant_kernels::memory::prefer_large_pages;
 use kvquant_quant::pack::BLOCK_TOKENS;
 use kvquant_quant::{QuantError, Side, fits_half};
 
@@ -116,7 +117,9 @@ impl Rows {
             }
             tile.into_boxed_slice()
         };
-        Tile { k: turn(&self.k), v: turn(&self.v) }
+        let tile = Tile { k: turn(&self.k), v: turn(&self.v) };
+        prefer_large_pages(&tile.v);
+        tile
     }
 }
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 use kvquant_kernels::attend::{CodedView, HeadLut, Outliers, SideView, TokenScales, ViewError};
+use kvquant_kernels::memory::prefer_large_pages;
 use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, pack_unit, set_code, set_codes, sum_of, unit_bytes};
 use kvquant_quant::{Outlier, SideQuantizer, TokenCodes};
 
@@ -194,7 +195,9 @@ const GROW_OUTLIERS: usize = 32;
 
 impl CodedBlock {
     pub fn new(layout: &Layout) -> Self {
-        CodedBlock { fixed: vec![0; layout.words].into(), outliers: Vec::new() }
+        let fixed: Box<[u32]> = vec![0; layout.words].into();
+        prefer_large_pages(&fixed);
+        CodedBlock { fixed, outliers: Vec::new() }
     }
 
     /// What is stored: the fixed part, and the outliers.

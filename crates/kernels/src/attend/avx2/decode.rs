@@ -56,7 +56,7 @@ pub(in super::super) struct Scratch {
     pub weights: Vec<Row>,
     /// Sums of weights times signposts `[4, head_dim]`.
     pub sums: Vec<i32>,
-    pub outliers: outliers::Scratch,
+    pub(super) outliers: outliers::Scratch,
     /// AVX-512's own.
     pub wide: avx512::Scratch,
     /// A side as f32, where it has no integer form.
@@ -129,12 +129,16 @@ unsafe fn with<const WIDE: bool>(
                 avx512::score(s, rows.q, v, block.origin, table, &mut ahead, scores)
             },
             SideView::Coded(v) if v.scales.is_none() => score::coded(s, d, v, turn, &mut ahead, scores),
-            SideView::Tile { data } if WIDE => {
-                let behind = blocks.get(b + 1).map_or(&blocks[0].value, |behind| &behind.key);
-                // SAFETY: passed on.
-                unsafe { avx512::tile::score(&s.local, d, data, turn, tile_of(behind), scores) };
+            side => {
+                let behind = tile_of(blocks.get(b + 1).map_or(&blocks[0].value, |behind| &behind.key));
+                match side {
+                    SideView::Tile { data } if WIDE => {
+                        // SAFETY: passed on.
+                        unsafe { avx512::tile::score(&s.local, d, data, turn, behind, scores) };
+                    }
+                    _ => float::score(s, d, side, block.len, turn, behind, scores),
+                }
             }
-            side => float::score(s, d, side, block.len, turn, scores),
         }
         ahead.rest();
         for (r, row) in scores.iter_mut().enumerate() {
@@ -167,14 +171,16 @@ unsafe fn with<const WIDE: bool>(
             Ahead::of(next.get(done + i).filter(|_| i < together.max(1)).map(|next| &next.value))
         });
         match coded {
-            [None, ..] => match &first.value {
-                SideView::Tile { data } if WIDE => {
-                    let behind = rest.0.get(1).and_then(|behind| tile_of(&behind.value));
-                    // SAFETY: passed on.
-                    unsafe { avx512::tile::mix(now, d, data, behind, &mut state.out) };
+            [None, ..] => {
+                let behind = rest.0.get(1).and_then(|behind| tile_of(&behind.value));
+                match &first.value {
+                    SideView::Tile { data } if WIDE => {
+                        // SAFETY: passed on.
+                        unsafe { avx512::tile::mix(now, d, data, behind, &mut state.out) };
+                    }
+                    side => float::mix(now, &mut s.tile, d, side, first.len, behind, &mut state.out),
                 }
-                side => float::mix(now, &mut s.tile, d, side, first.len, &mut state.out),
-            },
+            }
             [Some(v), ..] => {
                 let views: [CodedView<'_>; BLOCKS] = coded.map(|each| *each.unwrap_or(v));
                 let views = &views[..together];

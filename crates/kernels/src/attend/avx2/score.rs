@@ -25,7 +25,8 @@ use super::unpack::{self, by_rows, by_width};
 use crate::rope::BlockTable;
 
 /// Sum of the magnitudes of an integer query.
-pub(in super::super) const QUERY_SUM: f32 = (i32::MAX as f64 / (TOP as f64 * std::f64::consts::SQRT_2 + 2.0)) as f32 - 1024.0;
+pub(in super::super) const QUERY_SUM: f32 =
+    (i32::MAX as f64 / (TOP as f64 * std::f64::consts::SQRT_2 + 2.0)) as f32 - 1024.0;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn coded(

@@ -121,8 +121,7 @@ impl Scratch {
                 (_mm512_cvtepu16_epi32(unit), _mm512_cvtepu8_epi32(place), _mm512_cvtph_ps(residual))
             };
             const UNIT_BITS: u32 = UNIT_CHANNELS.trailing_zeros();
-            let mut channel =
-                _mm512_add_epi32(_mm512_slli_epi32::<UNIT_BITS>(unit), _mm512_srli_epi32::<6>(place));
+            let mut channel = _mm512_add_epi32(_mm512_slli_epi32::<UNIT_BITS>(unit), _mm512_srli_epi32::<6>(place));
             if !v.lut.order.is_empty() {
                 let mut all = [0u32; LANES];
                 // SAFETY: 64 writable, then readable bytes; unaligned access is allowed.

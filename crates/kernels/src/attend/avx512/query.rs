@@ -26,9 +26,8 @@ pub(super) fn place_of(p: __m512i) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) fn transpose([a, b, c, d]: [__m512; 4]) -> [__m512; 4] {
-    let pairs = |a: __m512, b: __m512| {
-        [_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(a, b))]
-    };
+    let pairs =
+        |a: __m512, b: __m512| [_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(a, b))];
     let (ab, cd) = (pairs(a, b), pairs(c, d));
     [
         _mm512_castpd_ps(_mm512_unpacklo_pd(ab[0], cd[0])),
@@ -110,10 +109,10 @@ impl Eight {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
     fn set(&mut self, [a, b, c, d]: [__m256i; ROWS]) {
-        let (low, high) = ([_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d)], [
-            _mm256_unpackhi_epi32(a, b),
-            _mm256_unpackhi_epi32(c, d),
-        ]);
+        let (low, high) = (
+            [_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d)],
+            [_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d)],
+        );
         let pairs = [
             _mm256_unpacklo_epi64(low[0], low[1]),
             _mm256_unpackhi_epi64(low[0], low[1]),

@@ -154,12 +154,7 @@ fn add_run<const B: u32, const R: usize, const TURN: bool>(
 
 /// sums += all pairs, from stored signposts.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn add_stored<const R: usize, const TURN: bool>(
-    keys: &[Signs],
-    ints: &[Eight],
-    turns: &[Turns16],
-    all: &mut Sums<R>,
-) {
+fn add_stored<const R: usize, const TURN: bool>(keys: &[Signs], ints: &[Eight], turns: &[Turns16], all: &mut Sums<R>) {
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
     let turns = turns.as_chunks::<2>().0;
     for (u, keys) in keys.as_chunks::<UNIT_CHANNELS>().0.iter().enumerate() {

@@ -99,8 +99,6 @@ pub(super) fn look_up<const B: u32>(table: &Table, low: Codes, high: Codes) -> S
         _mm512_broadcast_i64x4(unsafe { _mm256_loadu_si256(table.words[i].as_ptr().cast()) })
     };
     let (x, y) = (part(0), part(1));
-    let look = |i: usize| {
-        _mm512_add_epi16(_mm512_permutexvar_epi16(low[i], x), _mm512_permutexvar_epi16(high[i], y))
-    };
+    let look = |i: usize| _mm512_add_epi16(_mm512_permutexvar_epi16(low[i], x), _mm512_permutexvar_epi16(high[i], y));
     [look(0), look(1)]
 }
