@@ -22,6 +22,7 @@ type Integers = [__m512i; 2];
 
 // SAFETY: all bits 0 is a vector of zeros.
 const NO_WEIGHTS: Weights = unsafe { std::mem::zeroed() };
+// SAFETY: likewise.
 const NO_INTEGERS: Integers = unsafe { std::mem::zeroed() };
 
 #[inline]

@@ -2,6 +2,7 @@
 //! two for up to four rows, which lie side by side.
 
 use std::arch::x86_64::*;
+use std::f32::consts::PI;
 
 use kvquant_quant::pack::UNIT_CHANNELS;
 
@@ -124,9 +125,10 @@ impl Scratch {
             let mut channel = _mm512_add_epi32(_mm512_slli_epi32::<UNIT_BITS>(unit), _mm512_srli_epi32::<6>(place));
             if !v.lut.order.is_empty() {
                 let mut all = [0u32; LANES];
-                // SAFETY: 64 writable, then readable bytes; unaligned access is allowed.
+                // SAFETY: 64 writable bytes; unaligned stores are allowed.
                 unsafe { _mm512_storeu_si512(all.as_mut_ptr().cast(), channel) };
                 all.iter_mut().for_each(|c| *c = v.lut.order[*c as usize] as u32);
+                // SAFETY: 64 readable bytes; unaligned loads are allowed.
                 channel = unsafe { _mm512_loadu_si512(all.as_ptr().cast()) };
             }
             let token = _mm512_and_si512(place, _mm512_set1_epi32(TOKENS as i32 - 1));
@@ -170,7 +172,7 @@ fn cos_sin(cycles: __m512) -> (__m512, __m512) {
         }
         sum
     };
-    let sin = _mm512_mul_ps(x, series(&[0.082_145_89, -0.599_264_5, 2.550_164, -5.167_712_8, 3.141_592_7]));
+    let sin = _mm512_mul_ps(x, series(&[0.082_145_89, -0.599_264_5, 2.550_164, -5.167_712_8, PI]));
     let cos = series(&[-0.025_806_89, 0.235_330_63, -1.335_262_8, 4.058_712, -4.934_802, 1.0]);
     let twice = _mm512_add_ps(sin, sin);
     (_mm512_fnmadd_ps(twice, sin, _mm512_set1_ps(1.0)), _mm512_mul_ps(twice, cos))
