@@ -99,8 +99,8 @@ pub(in crate::attend) fn factors(q: &[f32], steps: &[f32], to: &mut Vec<f32>) {
     }
 }
 
-/// Integer queries of four pairs of channels that lie in a row of two units: pairs 0 to 3 and 4 to 7 of eight, a pair a
-/// quarter, four rows in each, two channels of 16 bits in a row's.
+/// Integer queries of eight pairs of channels, up to four rows: pair p of row r at `[p % 4][p / 4][r]`, its two channels in
+/// 16 bits each.
 #[derive(Clone, Copy, Default)]
 #[repr(C, align(64))]
 pub(super) struct Eight(pub [[[i32; ROWS]; 2]; 4]);
