@@ -16,12 +16,16 @@ use crate::sequence::CacheShape;
 
 /// Views of the blocks of one call to the kernels.
 type Views<'a> = SmallVec<[BlockView<'a>; BLOCKS]>;
+/// KV heads of a task that need no memory of their own.
+const HEADS: usize = 8;
+/// Something of each head.
+type ByHead<T> = SmallVec<[T; HEADS]>;
 
 /// Blocks times KV heads below which threads cost more than they bring.
 const SPLIT_FROM: usize = 12;
-/// Pieces of a head's history a thread, and parts of a piece from which its state and its merge cost little.
+/// Pieces of a history a thread, and parts of a piece, of all heads, from which its state and its merge cost little.
 const TASKS: usize = 8;
-const LEAST_PARTS: usize = 16;
+const LEAST_PARTS: usize = 8;
 
 /// Rotations of the positions of one forward pass, computed once for all layers.
 #[derive(Debug, Default)]
@@ -112,10 +116,13 @@ pub(crate) struct History<'a> {
     pub sinks: usize,
 }
 
-/// One piece of work: a KV head, some query tokens, a run of the layer's parts (part 0 is the sinks).
+/// One piece of work: some KV heads, some query tokens, a run of the layer's parts (part 0 is the sinks).
+///
+/// A block is read front to back where one piece has all its heads: the memory sees what comes next, and where a head's
+/// outliers begin is where those of the head before end.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Task {
-    head: usize,
+    heads: Range<usize>,
     tokens: Range<usize>,
     parts: Range<usize>,
 }
@@ -124,7 +131,8 @@ struct Task {
 #[derive(Debug, Default)]
 pub(crate) struct Work {
     task: Task,
-    state: State,
+    /// One a head; more is room.
+    states: Vec<State>,
     edge: EdgeRoom,
 }
 
@@ -166,24 +174,28 @@ impl History<'_> {
         position: usize,
         parts: Range<usize>,
     ) -> Result<(), ViewError> {
-        let Work { task, state, edge } = work;
+        let Work { task, states, edge } = work;
         let cx = self.layer.context(parts.start.saturating_sub(1));
-        let of = cx.head(task.head)?;
-        let asking = Asking { head: task.head, tokens: task.tokens.clone(), position, row: 0 };
-        let rows = QueryRows {
-            q: queries.of(task.head, task.tokens.clone()),
+        let heads = task.heads.clone().map(|head| cx.head(head)).collect::<Result<ByHead<_>, _>>()?;
+        let n = task.tokens.len();
+        let rows = |head: usize| QueryRows {
+            q: queries.of(head, task.tokens.clone()),
             group: queries.group,
             head_dim: queries.head_dim,
             first_visible: BLOCK_TOKENS,
         };
         // Blocks that every row sees whole wait here: the next are asked for while those before them are attended to.
-        let (mut first, mut second) = (Views::new(), Views::new());
-        let (mut now, mut next) = (&mut first, &mut second);
+        let (mut now, mut next): (ByHead<Views<'_>>, ByHead<Views<'_>>) =
+            heads.iter().map(|_| (Views::new(), Views::new())).unzip();
+        let attend = |now: &[Views<'_>], next: &[Views<'_>], states: &mut [State]| {
+            for (((head, now), next), state) in task.heads.clone().zip(now).zip(next).zip(states) {
+                self.kernels.attend_all(&rows(head), now, next, self.table, state);
+            }
+        };
         for part in parts {
-            let place = if part == 0 {
+            let (block, first, len, origin) = if part == 0 {
                 let sink = self.layer.sink();
-                let sides = sink.views(&of);
-                Place { sides, first: 0, len: sink.len(cx.channels), origin: self.start }
+                (None, 0, sink.len(cx.channels), self.start)
             } else {
                 let (blocks, b) = (self.layer.blocks(), part - 1);
                 if let Some(far) = blocks.get(b + 2 * BLOCKS) {
@@ -191,28 +203,41 @@ impl History<'_> {
                 }
                 if let Some(near) = blocks.get(b + BLOCKS) {
                     near.prefetch_index(&cx, self.kernels);
+                    if let Some(origin) = self.origins.map(|o| &o[b + BLOCKS]) {
+                        self.kernels.prefetch_bytes(&origin.cos);
+                        self.kernels.prefetch_bytes(&origin.sin);
+                    }
                 }
                 let first = self.sinks + (self.layer.dropped() + b) * BLOCK_TOKENS;
-                let sides = blocks[b].views(&of)?;
-                Place { sides, first, len: blocks[b].len(cx.channels), origin: self.origins.map(|o| &o[b]) }
+                (Some(&*blocks[b]), first, blocks[b].len(cx.channels), self.origins.map(|o| &o[b]))
             };
-            if place.len == 0 {
+            if len == 0 {
                 continue;
             }
-            let in_window = |w: usize| place.first.saturating_add(w) >= position + asking.tokens.len();
-            if !self.layer.window().is_none_or(in_window) || place.first + place.len > position + 1 {
-                self.fold(queries, &asking, place, state, edge)?;
-                continue;
+            let in_window = |w: usize| first.saturating_add(w) >= position + n;
+            let whole = self.layer.window().is_none_or(in_window) && first + len <= position + 1;
+            let mut outliers = None;
+            for (i, of) in heads.iter().enumerate() {
+                let sides = match block {
+                    Some(block) => block.views(of, &mut outliers)?,
+                    None => self.layer.sink().views(of),
+                };
+                if whole {
+                    next[i].push(BlockView::new(sides.0, sides.1, len, origin)?);
+                } else {
+                    let asking = Asking { head: task.heads.start + i, tokens: task.tokens.clone(), position, row: 0 };
+                    self.fold(queries, &asking, Place { sides, first, len, origin }, &mut states[i], edge)?;
+                }
             }
-            next.push(BlockView::new(place.sides.0, place.sides.1, place.len, place.origin)?);
-            if next.len() == BLOCKS {
-                self.kernels.attend_all(&rows, now, next, self.table, state);
+            if next[0].len() == BLOCKS {
+                attend(&now, &next, states);
                 std::mem::swap(&mut now, &mut next);
-                next.clear();
+                next.iter_mut().for_each(Views::clear);
             }
         }
-        self.kernels.attend_all(&rows, now, next, self.table, state);
-        self.kernels.attend_all(&rows, next, &[], self.table, state);
+        attend(&now, &next, states);
+        now.iter_mut().for_each(Views::clear);
+        attend(&next, &now, states);
         Ok(())
     }
 
@@ -269,10 +294,18 @@ impl History<'_> {
         Ok(())
     }
 
+    /// Heads of a task: all of them for a few tokens over codes. Rows of more tokens keep a thread busy with one head, and
+    /// fp16 tiles are asked for head by head.
+    fn heads_each(&self, tokens: &Range<usize>) -> usize {
+        let coded = self.layer.context(0).codec.is_some();
+        if tokens.len() < BLOCK_TOKENS / 4 && coded { self.shape.kv_heads } else { 1 }
+    }
+
     /// Splits rows and parts so that all threads have work of about the same size, and puts the tasks at the front of
     /// `works`; returns how many.
     fn plan(&self, tokens: Range<usize>, works: &mut Vec<Work>) -> usize {
         let (heads, parts) = (self.shape.kv_heads, self.layer.blocks().len() + 1);
+        let heads_each = self.heads_each(&tokens);
         let threads = rayon::current_num_threads();
         let pieces = (4 * threads).div_ceil(heads);
         let (mut rows_each, mut parts_each) = (tokens.len(), parts);
@@ -291,19 +324,19 @@ impl History<'_> {
                 parts_each = parts
                     .div_ceil(TASKS * threads)
                     .max(LEAST_PARTS)
-                    .min(parts.div_ceil(pieces))
+                    .min(parts.div_ceil(2 * threads))
                     .next_multiple_of(BLOCKS);
             }
         }
         let mut n = 0;
-        for head in 0..heads {
+        for head in (0..heads).step_by(heads_each) {
             for first in tokens.clone().step_by(rows_each) {
                 for part in (0..parts).step_by(parts_each) {
                     if n == works.len() {
                         works.push(Work::default());
                     }
                     works[n].task = Task {
-                        head,
+                        heads: head..head + heads_each,
                         tokens: first..(first + rows_each).min(tokens.end),
                         parts: part..(part + parts_each).min(parts),
                     };
@@ -329,21 +362,27 @@ impl History<'_> {
         let n = self.plan(tokens.clone(), works);
         let works = &mut works[..n];
         let run = |work: &mut Work| {
-            work.state.reset(work.task.tokens.len() * group, d);
+            let Task { heads, tokens: of, .. } = &work.task;
+            if work.states.len() < heads.len() {
+                work.states.resize_with(heads.len(), State::default);
+            }
+            work.states[..heads.len()].iter_mut().for_each(|state| state.reset(of.len() * group, d));
             self.attend(queries, work, position + work.task.tokens.start - tokens.start)?;
             if work.task.parts.start == 0 { extra(work) } else { Ok(()) }
         };
-        if n <= self.shape.kv_heads {
+        if n <= self.shape.kv_heads / self.heads_each(&tokens) {
             works.iter_mut().try_for_each(run)?;
         } else {
             works.par_iter_mut().with_max_len(1).try_for_each(run)?;
         }
-        for same in works.chunk_by_mut(|a, b| a.task.head == b.task.head && a.task.tokens == b.task.tokens) {
-            let (Work { task, state, .. }, others) = same.split_first_mut().expect("a chunk is not empty");
-            others.iter().for_each(|other| state.merge(&other.state));
-            for row in 0..state.rows() {
-                let (t, head) = (task.tokens.start - tokens.start + row / group, task.head * group + row % group);
-                state.finish(row, &mut out[(t * heads + head) * d..][..d]);
+        for same in works.chunk_by_mut(|a, b| a.task.heads == b.task.heads && a.task.tokens == b.task.tokens) {
+            let (Work { task, states, .. }, others) = same.split_first_mut().expect("a chunk is not empty");
+            for (i, (head, state)) in task.heads.clone().zip(states).enumerate() {
+                others.iter().for_each(|other| state.merge(&other.states[i]));
+                for row in 0..state.rows() {
+                    let (t, head) = (task.tokens.start - tokens.start + row / group, head * group + row % group);
+                    state.finish(row, &mut out[(t * heads + head) * d..][..d]);
+                }
             }
         }
         Ok(())
@@ -374,25 +413,27 @@ pub(crate) fn exact(
     out: &mut [f32],
 ) -> Result<(), CacheError> {
     let cx = history.layer.context(0);
-    history.run(queries, 0..queries.tokens, position, works, out, |Work { task, state, edge }| {
-        let of = cx.head(task.head)?;
-        for (b, block) in own.iter().enumerate() {
-            let first = b * BLOCK_TOKENS;
-            if first >= task.tokens.end {
-                break;
+    history.run(queries, 0..queries.tokens, position, works, out, |Work { task, states, edge }| {
+        for (head, state) in task.heads.clone().zip(states) {
+            let of = cx.head(head)?;
+            for (b, block) in own.iter().enumerate() {
+                let first = b * BLOCK_TOKENS;
+                if first >= task.tokens.end {
+                    break;
+                }
+                // Rows before this block see none of it: leave them out, so that the count of visible tokens of
+                // the first row is right.
+                let from = first.max(task.tokens.start);
+                let row = (from - task.tokens.start) * queries.group;
+                let asking = Asking { head, tokens: from..task.tokens.end, position: position + from, row };
+                let place = Place {
+                    sides: block.views(&of, &mut None)?,
+                    first: position + first,
+                    len: block.len(cx.channels),
+                    origin: history.origins.map(|_| &rotations[b]),
+                };
+                history.fold(queries, &asking, place, state, edge)?;
             }
-            // Rows before this block see none of it: leave them out, so that the count of visible tokens of
-            // the first row is right.
-            let from = first.max(task.tokens.start);
-            let row = (from - task.tokens.start) * queries.group;
-            let asking = Asking { head: task.head, tokens: from..task.tokens.end, position: position + from, row };
-            let place = Place {
-                sides: block.views(&of)?,
-                first: position + first,
-                len: block.len(cx.channels),
-                origin: history.origins.map(|_| &rotations[b]),
-            };
-            history.fold(queries, &asking, place, state, edge)?;
         }
         Ok(())
     })

@@ -3,6 +3,7 @@
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use kvquant_kernels::attend::{Kernels, SideView, ViewError};
+use kvquant_kernels::memory::prefer_large_pages;
 use kvquant_quant::pack::BLOCK_TOKENS;
 use kvquant_quant::{QuantError, Side, fits_half};
 
@@ -116,7 +117,9 @@ impl Rows {
             }
             tile.into_boxed_slice()
         };
-        Tile { k: turn(&self.k), v: turn(&self.v) }
+        let tile = Tile { k: turn(&self.k), v: turn(&self.v) };
+        prefer_large_pages(&tile.v);
+        tile
     }
 }
 
@@ -183,8 +186,14 @@ impl Block {
         }
     }
 
+    /// A head's keys and values. `outliers` is none for the first head that is asked for, and afterwards says where those of
+    /// the next one begin.
     #[inline(always)]
-    pub fn views<'a>(&'a self, of: &'a Head<'a>) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
+    pub fn views<'a>(
+        &'a self,
+        of: &'a Head<'a>,
+        outliers: &mut Option<[usize; 2]>,
+    ) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
         match self {
             Block::Rows(r) => Ok(r.views(of)),
             Block::Tile(t) => {
@@ -192,7 +201,9 @@ impl Block {
                 let at = of.head * n..(of.head + 1) * n;
                 Ok((SideView::Tile { data: &t.k[at.clone()] }, SideView::Tile { data: &t.v[at] }))
             }
-            Block::Coded(c) => c.views(of.coded.as_ref().expect("coded blocks exist only in a cache with quantizers")),
+            Block::Coded(c) => {
+                c.views(of.coded.as_ref().expect("coded blocks exist only in a cache with quantizers"), outliers)
+            }
         }
     }
 
@@ -231,7 +242,7 @@ impl Block {
         let mut rows = Rows { k: vec![0; len * c], v: vec![0; len * c] };
         for head in 0..c / d {
             let of = cx.head(head)?;
-            let (k, v) = self.views(&of)?;
+            let (k, v) = self.views(&of, &mut None)?;
             for (view, to) in [(k, &mut rows.k), (v, &mut rows.v)] {
                 scalar.dequant(&view, len, &mut tile);
                 for t in 0..len {

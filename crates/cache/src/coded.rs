@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use half::f16;
 use kvquant_kernels::attend::{CodedView, HeadLut, Outliers, SideView, TokenScales, ViewError};
+use kvquant_kernels::memory::prefer_large_pages;
 use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, pack_unit, set_code, set_codes, sum_of, unit_bytes};
 use kvquant_quant::{Outlier, SideQuantizer, TokenCodes};
 
@@ -194,7 +195,9 @@ const GROW_OUTLIERS: usize = 32;
 
 impl CodedBlock {
     pub fn new(layout: &Layout) -> Self {
-        CodedBlock { fixed: vec![0; layout.words].into(), outliers: Vec::new() }
+        let fixed: Box<[u32]> = vec![0; layout.words].into();
+        prefer_large_pages(&fixed);
+        CodedBlock { fixed, outliers: Vec::new() }
     }
 
     /// What is stored: the fixed part, and the outliers.
@@ -424,18 +427,29 @@ impl CodedBlock {
         self.set_len(len);
     }
 
-    /// One head's keys and values.
+    /// One head's keys and values. `outliers` is none for the first head that is asked for, and afterwards says where those
+    /// of the next one begin.
     #[inline(always)]
-    pub fn views<'a>(&'a self, [key, value]: &'a [HeadSide<'a>; 2]) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
-        Ok((self.view(key)?, self.view(value)?))
+    pub fn views<'a>(
+        &'a self,
+        [key, value]: &'a [HeadSide<'a>; 2],
+        outliers: &mut Option<[usize; 2]>,
+    ) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
+        let bytes = self.bytes_of();
+        let [of_keys, of_values] = outliers.get_or_insert_with(|| {
+            let before = |of: &HeadSide<'_>| sum_of(&bytes[of.before.clone()]);
+            [before(key), before(value)]
+        });
+        Ok((self.view(key, of_keys)?, self.view(value, of_values)?))
     }
 
+    /// A side whose outliers begin at `first`, which moves to their end.
     #[inline(always)]
-    fn view<'a>(&'a self, of: &'a HeadSide<'a>) -> Result<SideView<'a>, ViewError> {
+    fn view<'a>(&'a self, of: &'a HeadSide<'a>, first: &mut usize) -> Result<SideView<'a>, ViewError> {
         let (bytes, halves) = (self.bytes_of(), self.halves());
         let counts = &bytes[of.counts.clone()];
-        let first = sum_of(&bytes[of.before.clone()]);
-        let range = first..first + sum_of(counts);
+        let range = *first..*first + sum_of(counts);
+        *first = range.end;
         let (places, residuals) = self.outliers.split_at(self.outliers.len() / OUTLIER);
         let outliers = Outliers { counts, places: &places[range.clone()], residuals: &residuals.as_chunks().0[range] };
         let scales = of.scales.clone().map(|(scale, zero)| TokenScales { scale: &halves[scale], zero: &halves[zero] });

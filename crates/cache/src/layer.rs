@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kvquant_kernels::memory::prefer_large_pages;
 use kvquant_quant::TokenCodes;
 use kvquant_quant::pack::BLOCK_TOKENS;
 use rayon::prelude::*;
@@ -323,7 +324,12 @@ impl Layer {
             return;
         }
         let of = self.repeatable();
-        let more: Vec<_> = (0..copies).map(|i| Arc::new(Block::clone(&self.blocks[of.start + i % of.len()]))).collect();
+        let copy = |i: usize| {
+            let block = Arc::new(Block::clone(&self.blocks[of.start + i % of.len()]));
+            prefer_large_pages(std::slice::from_ref(&*block));
+            block
+        };
+        let more: Vec<_> = (0..copies).map(copy).collect();
         self.blocks.splice(of.end..of.end, more);
     }
 

@@ -30,7 +30,7 @@ const RUN: usize = 32;
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  kvquant bench smollm2-135m --kv fp16,mix3+sink1 --depths 0,4096,32768\n\nA depth is reached by repeating the cache's blocks of a real text, so no long prefill is needed and positions beyond the model's context can be timed. Attention includes storing the step's own token in all layers. The fp16 floor is the time to read an fp16 cache of that depth once at the read bandwidth, which is measured in the same run.\n--peer llama-cpp-python runs that package (with the interpreter `python3`, or KVQUANT_PYTHON) on the same GGUF file at the same depths, in turns with ours."
+    after_help = "Example:\n  kvquant bench smollm2-135m --kv fp16,mix3+sink1 --depths 0,4096,32768\n\nA depth is reached by repeating the cache's blocks of a real text, so no long prefill is needed and positions beyond the model's context can be timed. Attention includes storing the step's own token in all layers. With one cache at one depth, the report says what the process held at most beside the weights. The fp16 floor is the time to read an fp16 cache of that depth once at the read bandwidth, which is measured in the same run.\n--peer llama-cpp-python runs that package (with the interpreter `python3`, or KVQUANT_PYTHON) on the same GGUF file at the same depths, in turns with ours."
 )]
 pub struct Args {
     /// Known model, GGUF file or Hugging Face folder

@@ -7,6 +7,7 @@
 //! rowwise   norms, activations and residual sums between the products
 //! linalg    dense f32 products on strided slices
 //! dispatch  which instruction set this process uses
+//! memory    large pages for the cache
 //! ```
 //!
 //! Every kernel has a scalar twin that documents the mathematics; the SIMD files list only where they depart
@@ -15,6 +16,7 @@
 pub mod attend;
 pub mod dispatch;
 pub mod linalg;
+pub mod memory;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub mod rope;

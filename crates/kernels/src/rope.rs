@@ -39,6 +39,8 @@ pub struct BlockTable {
     pub(crate) sin16: Vec<[i16; BLOCK_TOKENS]>,
     /// [cos, sin] of each pair in units of 2^-15, tokens in [`TURNS_ORDER`].
     pub(crate) wide16: Vec<Turns16>,
+    /// Cycles of each pair in a token.
+    pub(crate) cycles: Vec<f32>,
 }
 
 /// [cos, sin] of a pair's 64 places, in lines of the cache: a vector that lies across two takes twice the time to read.
@@ -100,7 +102,8 @@ impl Rope {
         let both = |f| Turns16([f64::cos, f64::sin].map(|part| sixteen(f, part, TURNS_ORDER)));
         let wide16 = self.inv_freq.iter().map(both).collect();
         let turns = cos.iter().zip(&sin).map(|(c, s)| [*c, *s]).collect();
-        BlockTable { turns, cos16: all(f64::cos), sin16: all(f64::sin), wide16, cos, sin }
+        let cycles = self.inv_freq.iter().map(|f| (f / std::f64::consts::TAU) as f32).collect();
+        BlockTable { cycles, turns, cos16: all(f64::cos), sin16: all(f64::sin), wide16, cos, sin }
     }
 }
 

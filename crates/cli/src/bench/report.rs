@@ -122,7 +122,8 @@ impl Report {
             row.resize(rows[0].len(), String::new());
             rows.push(row);
         }
-        let peak = self.peak_bytes.map_or_else(String::new, |b| format!("; process peak {}", bytes(b)));
+        let peak =
+            self.peak_bytes.map_or_else(String::new, |b| format!("; process peak {}{}", bytes(b), self.above(b)));
         format!(
             "{}\n{}{}: {} on {} threads, {} kernels, {} activations; {:.1} GB/s read, weights {}{peak}\n",
             table(&rows),
@@ -135,6 +136,18 @@ impl Report {
             self.read_gbps,
             bytes(self.weight_bytes as f64),
         )
+    }
+
+    /// What the peak holds beside the weights: the cache's, where the process had no other.
+    fn above(&self, peak: f64) -> String {
+        match (&self.results[..], &self.peer[..]) {
+            ([one], []) => {
+                let above = peak - self.weight_bytes as f64;
+                let cache = one.cache_bytes as f64;
+                format!(", {} above the weights: the cache and {}", bytes(above), bytes((above - cache).max(0.0)))
+            }
+            _ => String::new(),
+        }
     }
 
     /// A table of stages, where they were measured.

@@ -37,7 +37,9 @@ pub(in super::super) struct Scratch {
     pub weights: Vec<Row>,
     /// Sums of weights times signposts `[4, head_dim]`.
     pub sums: Vec<i32>,
-    pub outliers: outliers::Scratch,
+    pub(super) outliers: outliers::Scratch,
+    /// AVX-512's own.
+    pub wide: avx512::Scratch,
     /// A side as f32, where it has no integer form.
     pub tile: Vec<f32>,
 }
@@ -107,8 +109,11 @@ pub(in super::super) unsafe fn scores<const WIDE: bool>(
     let (d, n) = (rows.head_dim, rows.len());
     s.local.resize(n * d, 0.0);
     let mut before = None;
+    let integer = |block: &BlockView<'_>| matches!(block.key, SideView::Coded(v) if v.scales.is_none());
     for (b, (block, scores)) in blocks.iter().zip(weights.chunks_exact_mut(n)).enumerate() {
         match block.origin {
+            // These turn queries themselves.
+            _ if WIDE && integer(block) => {}
             Some(origin) => {
                 for (q, to) in rows.q.chunks_exact(d).zip(s.local.chunks_exact_mut(d)) {
                     undo(origin, q, to);
@@ -121,21 +126,29 @@ pub(in super::super) unsafe fn scores<const WIDE: bool>(
             && !before.is_some_and(|before: &CodedView<'_>| before.decodes_as(v))
         {
             score::steps_by_channel(v, &mut s.steps);
+            if WIDE && integer(block) {
+                // SAFETY: passed on.
+                unsafe { avx512::factors(rows.q, score::steps_of(v, &s.steps), &mut s.wide.factors) };
+            }
             before = Some(v);
         }
         let mut ahead = Ahead::of(next.get(b).map(|next| &next.key));
         match &block.key {
             // SAFETY: passed on.
             SideView::Coded(v) if v.scales.is_none() && WIDE => unsafe {
-                avx512::score(s, d, v, turn, &mut ahead, scores)
+                avx512::score(s, rows.q, v, block.origin, table, &mut ahead, scores)
             },
             SideView::Coded(v) if v.scales.is_none() => score::coded(s, d, v, turn, &mut ahead, scores),
-            SideView::Tile { data } if WIDE => {
-                let behind = blocks.get(b + 1).map_or(&blocks[0].value, |behind| &behind.key);
-                // SAFETY: passed on.
-                unsafe { avx512::tile::score(&s.local, d, data, turn, tile_of(behind), scores) };
+            side => {
+                let behind = tile_of(blocks.get(b + 1).map_or(&blocks[0].value, |behind| &behind.key));
+                match side {
+                    SideView::Tile { data } if WIDE => {
+                        // SAFETY: passed on.
+                        unsafe { avx512::tile::score(&s.local, d, data, turn, behind, scores) };
+                    }
+                    _ => float::score(s, d, side, block.len, turn, behind, scores),
+                }
             }
-            side => float::score(s, d, side, block.len, turn, scores),
         }
         ahead.rest();
         for (r, row) in scores.iter_mut().enumerate() {
@@ -176,14 +189,16 @@ pub(in super::super) unsafe fn outputs<const WIDE: bool>(
             Ahead::of(next.get(done + i).filter(|_| i < together.max(1)).map(|next| &next.value))
         });
         match coded {
-            [None, ..] => match &first.value {
-                SideView::Tile { data } if WIDE => {
-                    let behind = rest.0.get(1).and_then(|behind| tile_of(&behind.value));
-                    // SAFETY: passed on.
-                    unsafe { avx512::tile::mix(now, d, data, behind, out) };
+            [None, ..] => {
+                let behind = rest.0.get(1).and_then(|behind| tile_of(&behind.value));
+                match &first.value {
+                    SideView::Tile { data } if WIDE => {
+                        // SAFETY: passed on.
+                        unsafe { avx512::tile::mix(now, d, data, behind, out) };
+                    }
+                    side => float::mix(now, &mut s.tile, d, side, first.len, behind, out),
                 }
-                side => float::mix(now, &mut s.tile, d, side, first.len, out),
-            },
+            }
             [Some(v), ..] => {
                 let views: [CodedView<'_>; BLOCKS] = coded.map(|each| *each.unwrap_or(v));
                 let views = &views[..together];

@@ -5,14 +5,14 @@ use std::arch::x86_64::*;
 use super::super::SideView;
 use super::super::view::{TOKENS, UNIT};
 use super::decode::{Row, Scratch, sum_each};
-use super::{LANES, halves, load, store, unpack};
+use super::{LANES, halves, load, prefetch_lines, store, unpack};
 use crate::rope::BlockTable;
 use kvquant_quant::pack::UNIT_CHANNELS;
 
 /// Vectors of a channel.
 const VECTORS: usize = TOKENS / LANES;
 
-/// Calls `then(unit, dense values [4][64])`.
+/// Calls `then(unit, dense values [4][64])`; fp16 data that come `next` are asked for meanwhile, where the side is such.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn each_unit(
@@ -20,6 +20,7 @@ fn each_unit(
     d: usize,
     side: &SideView<'_>,
     len: usize,
+    next: Option<&[u16]>,
     mut then: impl FnMut(usize, &[f32; UNIT]),
 ) {
     match side {
@@ -33,6 +34,10 @@ fn each_unit(
             for (u, from) in data.as_chunks::<UNIT>().0.iter().enumerate() {
                 for (from, to) in from.as_chunks::<LANES>().0.iter().zip(unit.as_chunks_mut::<LANES>().0) {
                     store(to, halves(from));
+                }
+                // As much of what comes next as was just read.
+                if let Some(some) = next.and_then(|n| n.get(u * UNIT..(u + 1) * UNIT)) {
+                    prefetch_lines(some);
                 }
                 then(u, &unit);
             }
@@ -60,17 +65,26 @@ pub(super) fn score(
     side: &SideView<'_>,
     len: usize,
     turn: Option<&BlockTable>,
+    next: Option<&[u16]>,
     scores: &mut [Row],
 ) {
     let q = &s.local;
     scores.fill([0.0; TOKENS]);
-    each_unit(&mut s.tile, d, side, len, |u, keys| score_unit(q, d, u, keys, turn, scores));
+    each_unit(&mut s.tile, d, side, len, next, |u, keys| score_unit(q, d, u, keys, turn, scores));
 }
 
 /// out[r] += sum over tokens of weights[r][t] * value.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn mix(weights: &[Row], tile: &mut Vec<f32>, d: usize, side: &SideView<'_>, len: usize, out: &mut [f32]) {
-    each_unit(tile, d, side, len, |u, values| mix_unit(weights, d, u, values, out));
+pub(super) fn mix(
+    weights: &[Row],
+    tile: &mut Vec<f32>,
+    d: usize,
+    side: &SideView<'_>,
+    len: usize,
+    next: Option<&[u16]>,
+    out: &mut [f32],
+) {
+    each_unit(tile, d, side, len, next, |u, values| mix_unit(weights, d, u, values, out));
 }
 
 /// scores[r][t] += sum over the unit's 4 channels of q[r] * key, the keys turned first where `turn` is given.

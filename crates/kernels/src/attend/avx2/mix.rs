@@ -19,7 +19,7 @@ use super::unpack::{by_rows, by_width};
 use super::{LANES, halves, load, sum, unpack};
 
 /// Sum of the magnitudes of a row's integer weights.
-const WEIGHT_SUM: f32 = (i32::MAX / TOP as i32) as f32 - 64.0;
+pub(in super::super) const WEIGHT_SUM: f32 = (i32::MAX / TOP as i32) as f32 - 64.0;
 
 /// A row's integer weights in a block.
 type Integers = [[__m256i; 2]; 2];
@@ -29,12 +29,12 @@ type Integers = [[__m256i; 2]; 2];
 const NO_WEIGHTS: Integers = unsafe { std::mem::zeroed() };
 
 /// A row's weights over the blocks of a call: eight vectors a block.
-pub(in super::super) type Weights = [__m256; TOKENS / LANES];
+type Weights = [__m256; TOKENS / LANES];
 
 /// What makes a row's weights in some blocks integers, and the size of one; zeros where they are too small to scale.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) fn scale_of<const R: usize>(blocks: &[[Weights; R]], row: usize) -> (f32, f32) {
+fn scale_of<const R: usize>(blocks: &[[Weights; R]], row: usize) -> (f32, f32) {
     let sign = _mm256_set1_ps(-0.0);
     let (mut most, mut total) = (_mm256_setzero_ps(), _mm256_setzero_ps());
     for block in blocks {
@@ -63,84 +63,76 @@ fn integers(w: &Weights, factor: f32) -> Integers {
     [[two(0), two(1)], [two(4), two(5)]]
 }
 
-/// `coded`, the way through rows, scale groups and runs, for the instruction set of the module that calls it: `NO_WEIGHTS`,
-/// `integers` and `by_units` are that module's own.
+/// out[r] += weights times values, over some blocks.
 ///
 /// All blocks share their tables. Their integer weights share a scale, so that what each adds to an output is summed in
 /// lanes over all of them before the lanes are.
-macro_rules! mix_passes {
-    ($features:tt) => {
-        #[inline]
-        #[target_feature(enable = $features)]
-        pub(in crate::attend) fn coded(
-            s: &mut Scratch,
-            blocks: &[CodedView<'_>],
-            weights: &[Row],
-            d: usize,
-            ahead: &mut [Ahead<'_>; BLOCKS],
-            out: &mut [f32],
-        ) {
-            let n = weights.len() / blocks.len();
-            s.sums.resize(ROWS * d, 0);
-            let mut first = 0;
-            while first < n {
-                let (count, out) = (ROWS.min(n - first), &mut out[first * d..]);
-                let weights = ByBlock { rows: &weights[first..], step: n };
-                by_rows!(count, rows::<_>(blocks, weights, d, ahead, &mut s.sums, out));
-                by_rows!(count, outliers_of::<_>(&mut s.outliers, blocks, weights, d, out));
-                first += ROWS;
-            }
-        }
-
-        #[target_feature(enable = $features)]
-        fn rows<const R: usize>(
-            blocks: &[CodedView<'_>],
-            weights: ByBlock<'_>,
-            d: usize,
-            ahead: &mut [Ahead<'_>; BLOCKS],
-            sums: &mut [i32],
-            out: &mut [f32],
-        ) {
-            let v = &blocks[0];
-            let group_channels = v.group_channels();
-            let mut first = 0;
-            while first < d {
-                let mut scaled = [[[_mm256_setzero_ps(); TOKENS / LANES]; R]; BLOCKS];
-                for (b, block) in blocks.iter().enumerate() {
-                    let scales = GroupScales::of(block, first / group_channels);
-                    for r in 0..R {
-                        let group = &mut out[r * d + first..][..group_channels];
-                        scaled[b][r] = scales.weights(weights.row(b, r), group);
-                    }
-                }
-                let (mut units, mut ints) = ([0.0; R], [[NO_WEIGHTS; R]; BLOCKS]);
-                for r in 0..R {
-                    let (factor, unit) = scale_of::<R>(&scaled[..blocks.len()], r);
-                    units[r] = unit;
-                    for b in 0..blocks.len() {
-                        ints[b][r] = integers(&scaled[b][r], factor);
-                    }
-                }
-                let group = first / UNIT_CHANNELS..(first + group_channels) / UNIT_CHANNELS;
-                for run in v.runs() {
-                    let range = run.units.start.max(group.start)..run.units.end.min(group.end);
-                    by_width!(run, by_units::<_, R>(blocks, &run, range, &ints, d, ahead, sums));
-                }
-                for r in 0..R {
-                    let places = r * d + first..r * d + first + group_channels;
-                    add_sums(v, first, &sums[places], units[r], &mut out[r * d..(r + 1) * d]);
-                }
-                first += group_channels;
-            }
-        }
-    };
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn coded(
+    s: &mut Scratch,
+    blocks: &[CodedView<'_>],
+    weights: &[Row],
+    d: usize,
+    ahead: &mut [Ahead<'_>; BLOCKS],
+    out: &mut [f32],
+) {
+    let n = weights.len() / blocks.len();
+    s.sums.resize(ROWS * d, 0);
+    let mut first = 0;
+    while first < n {
+        let (count, out) = (ROWS.min(n - first), &mut out[first * d..]);
+        let weights = ByBlock { rows: &weights[first..], step: n };
+        by_rows!(count, rows::<_>(blocks, weights, d, ahead, &mut s.sums, out));
+        by_rows!(count, outliers_of::<_>(&mut s.outliers, blocks, weights, d, out));
+        first += ROWS;
+    }
 }
-pub(in super::super) use mix_passes;
 
-mix_passes!("avx2,fma,f16c");
+#[target_feature(enable = "avx2,fma,f16c")]
+fn rows<const R: usize>(
+    blocks: &[CodedView<'_>],
+    weights: ByBlock<'_>,
+    d: usize,
+    ahead: &mut [Ahead<'_>; BLOCKS],
+    sums: &mut [i32],
+    out: &mut [f32],
+) {
+    let v = &blocks[0];
+    let group_channels = v.group_channels();
+    let mut first = 0;
+    while first < d {
+        let mut scaled = [[[_mm256_setzero_ps(); TOKENS / LANES]; R]; BLOCKS];
+        for (b, block) in blocks.iter().enumerate() {
+            let scales = GroupScales::of(block, first / group_channels);
+            for r in 0..R {
+                let group = &mut out[r * d + first..][..group_channels];
+                scaled[b][r] = scales.weights(weights.row(b, r), group);
+            }
+        }
+        let (mut units, mut ints) = ([0.0; R], [[NO_WEIGHTS; R]; BLOCKS]);
+        for r in 0..R {
+            let (factor, unit) = scale_of::<R>(&scaled[..blocks.len()], r);
+            units[r] = unit;
+            for b in 0..blocks.len() {
+                ints[b][r] = integers(&scaled[b][r], factor);
+            }
+        }
+        let group = first / UNIT_CHANNELS..(first + group_channels) / UNIT_CHANNELS;
+        for run in v.runs() {
+            let range = run.units.start.max(group.start)..run.units.end.min(group.end);
+            by_width!(run, by_units::<_, R>(blocks, &run, range, &ints, d, ahead, sums));
+        }
+        for r in 0..R {
+            let places = r * d + first..r * d + first + group_channels;
+            add_sums(v, first, &sums[places], units[r], &mut out[r * d..(r + 1) * d]);
+        }
+        first += group_channels;
+    }
+}
 
 /// Scales and zero points of a group, token by token.
-pub(in super::super) struct GroupScales {
+struct GroupScales {
     scale: Option<Weights>,
     zero: Option<Weights>,
 }
@@ -231,7 +223,7 @@ fn by_units<const B: u32, const R: usize>(
 /// The sums of a unit's four channels, of which each half of the vector has a part.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) fn store_sums(x: __m256i, to: &mut [i32]) {
+fn store_sums(x: __m256i, to: &mut [i32]) {
     let x = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
     let to: &mut [i32; UNIT_CHANNELS] = to.first_chunk_mut().expect("a row has head_dim places");
     // SAFETY: 16 writable bytes; unaligned stores are allowed.
@@ -241,7 +233,7 @@ pub(in super::super) fn store_sums(x: __m256i, to: &mut [i32]) {
 /// row[channels of the places from `first` on] += the sums, times step and the weights' unit.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) fn add_sums(v: &CodedView<'_>, first: usize, sums: &[i32], unit: f32, row: &mut [f32]) {
+fn add_sums(v: &CodedView<'_>, first: usize, sums: &[i32], unit: f32, row: &mut [f32]) {
     if !v.lut.order.is_empty() {
         for ((sum, c), step) in sums.iter().zip(&v.lut.order[first..]).zip(&v.lut.steps[first..]) {
             row[*c as usize] += *sum as f32 * (unit * step);

@@ -15,7 +15,7 @@ type Four = [f32; ROWS];
 
 /// What a thread reuses from block to block.
 #[derive(Default)]
-pub(in super::super) struct Scratch {
+pub(super) struct Scratch {
     channels: Vec<Four>,
     tokens: Vec<Four>,
     list: List,
@@ -214,7 +214,7 @@ fn floats(residuals: &[[u8; 2]], to: &mut Vec<f32>) {
 
 /// scores[r][t] += residual * (the query's share of the channel at the token). `q` is `[R, d]`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) fn score<const R: usize>(
+pub(super) fn score<const R: usize>(
     s: &mut Scratch,
     q: &[f32],
     d: usize,
@@ -257,7 +257,7 @@ pub(in super::super) fn score<const R: usize>(
 
 /// out[r][c] += weights[r][t] * residual, over some blocks. `out` is `[R, d]`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) fn mix<const R: usize>(
+pub(super) fn mix<const R: usize>(
     s: &mut Scratch,
     blocks: &[CodedView<'_>],
     weights: ByBlock<'_>,

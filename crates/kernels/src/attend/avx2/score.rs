@@ -25,7 +25,8 @@ use super::unpack::{self, by_rows, by_width};
 use crate::rope::BlockTable;
 
 /// Sum of the magnitudes of an integer query.
-const QUERY_SUM: f32 = (i32::MAX as f64 / (TOP as f64 * std::f64::consts::SQRT_2 + 2.0)) as f32 - 1024.0;
+pub(in super::super) const QUERY_SUM: f32 =
+    (i32::MAX as f64 / (TOP as f64 * std::f64::consts::SQRT_2 + 2.0)) as f32 - 1024.0;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn coded(
@@ -135,7 +136,7 @@ fn store(x: __m256i, y: __m256i, Line([first, second]): &mut Line) {
 /// An integer query: each channel times its step, scaled by the inverse of the returned factor and rounded.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) fn integers(q: &[f32], steps: &[f32], ints: &mut [i32]) -> f32 {
+fn integers(q: &[f32], steps: &[f32], ints: &mut [i32]) -> f32 {
     let (eights, rest) = q.as_chunks::<8>();
     let (of_eights, of_rest) = steps.as_chunks::<8>();
     let both = || eights.iter().zip(of_eights);

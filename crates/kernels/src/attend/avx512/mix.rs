@@ -1,4 +1,4 @@
-//! Outputs from coded values: see AVX2's file of this name, which also does what is left in f32.
+//! Outputs from coded values: see AVX2's file of this name for the mathematics.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -6,85 +6,231 @@ use std::ops::Range;
 use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::BLOCKS;
-use super::super::avx2::LANES;
 use super::super::avx2::ahead::{Ahead, lines_a_unit};
 use super::super::avx2::decode::{ByBlock, ROWS, Row, Scratch};
-use super::super::avx2::mix::{GroupScales, Weights, add_sums, mix_passes, scale_of, store_sums};
-use super::super::avx2::outliers::mix as outliers_of;
+use super::super::avx2::mix::WEIGHT_SUM;
 use super::super::avx2::unpack::{by_rows, by_width};
 use super::super::view::{CodedView, Run, TOKENS};
-use super::{multiply_add, unpack};
+use super::query::Sixteen;
+use super::{multiply_add, outliers, unpack};
 use crate::rope::evens_first;
 
-/// A row's integer weights in a block, in the order of signposts.
+/// A row's weights in a block.
+type Weights = [__m512; TOKENS / 16];
+/// The same as integers, in the order of signposts.
 type Integers = [__m512i; 2];
 
-/// No weight.
 // SAFETY: all bits 0 is a vector of zeros.
-const NO_WEIGHTS: Integers = unsafe { std::mem::zeroed() };
-
-mix_passes!("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c");
+const NO_WEIGHTS: Weights = unsafe { std::mem::zeroed() };
+// SAFETY: likewise.
+const NO_INTEGERS: Integers = unsafe { std::mem::zeroed() };
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn integers(w: &Weights, factor: f32) -> Integers {
+fn weights_of(row: &Row) -> Weights {
+    let row = row.as_chunks::<16>().0;
+    // SAFETY: 64 readable bytes; unaligned loads are allowed.
+    let sixteen = |i: usize| unsafe { _mm512_loadu_ps(row[i].as_ptr()) };
+    [sixteen(0), sixteen(1), sixteen(2), sixteen(3)]
+}
+
+/// out[r] += weights times values, over some blocks that share their tables.
+///
+/// Their integer weights share a scale, so that what each adds to an output is summed in lanes over all of them before the
+/// lanes are.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(in crate::attend) fn coded(
+    s: &mut Scratch,
+    blocks: &[CodedView<'_>],
+    weights: &[Row],
+    d: usize,
+    ahead: &mut [Ahead<'_>; BLOCKS],
+    out: &mut [f32],
+) {
+    let n = weights.len() / blocks.len();
+    let mut first = 0;
+    while first < n {
+        let (count, out) = (ROWS.min(n - first), &mut out[first * d..]);
+        let weights = ByBlock { rows: &weights[first..], step: n };
+        by_rows!(count, rows::<_>(&mut s.wide.outliers, blocks, weights, d, ahead, out));
+        first += ROWS;
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn rows<const R: usize>(
+    s: &mut outliers::Scratch,
+    blocks: &[CodedView<'_>],
+    weights: ByBlock<'_>,
+    d: usize,
+    ahead: &mut [Ahead<'_>; BLOCKS],
+    out: &mut [f32],
+) {
+    let v = &blocks[0];
+    let group_channels = v.group_channels();
+    for first in (0..d).step_by(group_channels) {
+        let (units, ints) = integers::<R>(blocks, weights, d, first, out);
+        let group = first / UNIT_CHANNELS..(first + group_channels) / UNIT_CHANNELS;
+        for run in v.runs() {
+            let range = run.units.start.max(group.start)..run.units.end.min(group.end);
+            by_width!(run, by_units::<_, R>(blocks, &run, range, &units, &ints, d, ahead, out));
+        }
+    }
+    let side_by_side = |b: usize| -> [Sixteen; TOKENS / 16] {
+        let mut all = [Sixteen::default(); TOKENS / 16];
+        let mut rows = [NO_WEIGHTS; ROWS];
+        for r in 0..R {
+            rows[r] = weights_of(weights.row(b, r));
+        }
+        for (i, all) in all.iter_mut().enumerate() {
+            all.set([rows[0][i], rows[1][i], rows[2][i], rows[3][i]]);
+        }
+        all
+    };
+    outliers::mix::<R>(s, blocks, d, side_by_side, out);
+}
+
+/// A group's integer weights, and the size of one of each row. The zero points' share of the group's outputs is added to
+/// `out` `[R, d]`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn integers<const R: usize>(
+    blocks: &[CodedView<'_>],
+    weights: ByBlock<'_>,
+    d: usize,
+    first: usize,
+    out: &mut [f32],
+) -> ([f32; R], [[Integers; R]; BLOCKS]) {
+    let group_channels = blocks[0].group_channels();
+    let mut scaled = [[NO_WEIGHTS; R]; BLOCKS];
+    let mut shifts = [_mm512_setzero_ps(); R];
+    let (mut most, mut total) = (shifts, shifts);
+    for (b, block) in blocks.iter().enumerate() {
+        let of_group = |from: &[u16]| -> Weights {
+            let from = from[first / group_channels * TOKENS..].as_chunks::<16>().0;
+            // SAFETY: 32 readable bytes; unaligned loads are allowed.
+            let sixteen = |i: usize| _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from[i].as_ptr().cast()) });
+            [sixteen(0), sixteen(1), sixteen(2), sixteen(3)]
+        };
+        let scale = block.scales.map(|s| of_group(s.scale));
+        let zero = block.scales.filter(|s| !s.zero.is_empty()).map(|s| of_group(s.zero));
+        for r in 0..R {
+            let mut w = weights_of(weights.row(b, r));
+            for i in 0..w.len() {
+                if let Some(zero) = &zero {
+                    shifts[r] = _mm512_fmadd_ps(w[i], zero[i], shifts[r]);
+                }
+                if let Some(scale) = &scale {
+                    w[i] = _mm512_mul_ps(w[i], scale[i]);
+                }
+                let size = _mm512_abs_ps(w[i]);
+                most[r] = _mm512_max_ps(most[r], size);
+                total[r] = _mm512_add_ps(total[r], size);
+            }
+            scaled[b][r] = w;
+        }
+    }
+    let (mut units, mut ints) = ([0.0; R], [[NO_INTEGERS; R]; BLOCKS]);
+    for r in 0..R {
+        let (most, total) = (_mm512_reduce_max_ps(most[r]), _mm512_reduce_add_ps(total[r]));
+        let factor = if total > 0.0 { (32767.0 / most).min(WEIGHT_SUM / total) } else { 0.0 };
+        // Weights that are too small to scale add nothing.
+        let factor = if factor.is_finite() { factor } else { 0.0 };
+        units[r] = if factor > 0.0 { 1.0 / factor } else { 0.0 };
+        for b in 0..blocks.len() {
+            ints[b][r] = rounded(&scaled[b][r], factor);
+        }
+        if blocks[0].scales.is_some_and(|s| !s.zero.is_empty()) {
+            let shift = _mm512_reduce_add_ps(shifts[r]);
+            out[r * d + first..][..group_channels].iter_mut().for_each(|o| *o += shift);
+        }
+    }
+    (units, ints)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn rounded(w: &Weights, factor: f32) -> Integers {
+    // The low words of two vectors of sixteen.
     const PLACES: [i16; 32] = {
         let (mut at, mut i) = ([0; 32], 0);
         while i < 32 {
-            // Packing two vectors of eight leaves their halves interleaved.
-            let t = evens_first(i) as i16;
-            at[i] = t / 16 * 16 + t % 8 / 4 * 8 + t / 8 % 2 * 4 + t % 4;
+            at[i] = 2 * evens_first(i) as i16;
             i += 1;
         }
         at
     };
-    let scale = _mm256_set1_ps(factor);
-    let int = |i: usize| _mm256_cvtps_epi32(_mm256_mul_ps(w[i], scale));
-    let two = |i: usize| _mm256_packs_epi32(int(i), int(i + 1));
+    let factor = _mm512_set1_ps(factor);
     // SAFETY: 64 readable bytes; unaligned loads are allowed.
     let places = unsafe { _mm512_loadu_si512(PLACES.as_ptr().cast()) };
-    let half = |i: usize| {
-        let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(two(i)), two(i + 2));
-        _mm512_permutexvar_epi16(places, both)
-    };
-    [half(0), half(4)]
+    let int = |x: __m512| _mm512_cvtps_epi32(_mm512_mul_ps(x, factor));
+    let half = |i: usize| _mm512_permutex2var_epi16(int(w[i]), places, int(w[i + 1]));
+    [half(0), half(2)]
 }
 
-/// sums[r] = the sum over all blocks of weights times signposts, for some units of a run.
+/// out[r] += the sum over all blocks of weights times signposts, for some units of a run.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn by_units<const B: u32, const R: usize>(
     blocks: &[CodedView<'_>],
     run: &Run<'_>,
     range: Range<usize>,
+    weight_units: &[f32; R],
     ints: &[[Integers; R]; BLOCKS],
     d: usize,
     ahead: &mut [Ahead<'_>; BLOCKS],
-    sums: &mut [i32],
+    out: &mut [f32],
 ) {
-    let mut u = range.start;
-    while u < range.end {
+    let v = &blocks[0];
+    let mut vectors = [&[][..]; BLOCKS];
+    for (vectors, block) in vectors.iter_mut().zip(blocks) {
+        *vectors = block.vectors_of(run);
+    }
+    for u in range {
         let (place, unit) = (u * UNIT_CHANNELS, (u - run.units.start) * B as usize);
-        let tables = blocks[0].four_tables(place);
+        let tables = v.four_tables(place);
         let mut four = [[_mm512_setzero_si512(); R]; UNIT_CHANNELS];
-        for ((block, ints), ahead) in blocks.iter().zip(ints).zip(&mut *ahead) {
-            ahead.lines(lines_a_unit(B));
-            let [low, high] = unpack::codes::<B>(&block.vectors_of(run)[unit..][..B as usize]);
+        for b in 0..blocks.len() {
+            ahead[b].lines(lines_a_unit(B));
+            let [low, high] = unpack::codes::<B>(&vectors[b][unit..][..B as usize]);
             for c in 0..UNIT_CHANNELS {
-                let [a, b] = unpack::look_up::<B>(tables[c], low[c], high[c]);
+                let [x, y] = unpack::look_up::<B>(tables[c], low[c], high[c]);
                 for r in 0..R {
-                    four[c][r] = multiply_add(multiply_add(four[c][r], a, ints[r][0]), b, ints[r][1]);
+                    four[c][r] = multiply_add(multiply_add(four[c][r], x, ints[b][r][0]), y, ints[b][r][1]);
                 }
             }
         }
         for r in 0..R {
-            let mut half = [_mm256_setzero_si256(); UNIT_CHANNELS];
-            for c in 0..UNIT_CHANNELS {
-                let x = four[c][r];
-                half[c] = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x));
+            let sums = _mm_cvtepi32_ps(sums_of([four[0][r], four[1][r], four[2][r], four[3][r]]));
+            let row = &mut out[r * d..(r + 1) * d];
+            let unit = _mm_set1_ps(weight_units[r]);
+            let step = |place: usize| v.table(place).1;
+            if v.lut.order.is_empty() {
+                let steps = _mm_setr_ps(step(place), step(place + 1), step(place + 2), step(place + 3));
+                let to: &mut [f32; UNIT_CHANNELS] = row[place..].first_chunk_mut().expect("whole units");
+                // SAFETY: 4 readable and writable floats; unaligned access is allowed.
+                unsafe {
+                    let x = _mm_fmadd_ps(sums, _mm_mul_ps(steps, unit), _mm_loadu_ps(to.as_ptr()));
+                    _mm_storeu_ps(to.as_mut_ptr(), x);
+                }
+            } else {
+                let mut of_places = [0.0; UNIT_CHANNELS];
+                // SAFETY: 4 writable floats; unaligned stores are allowed.
+                unsafe { _mm_storeu_ps(of_places.as_mut_ptr(), _mm_mul_ps(sums, unit)) };
+                for (place, x) in (place..).zip(of_places) {
+                    row[v.channel(place)] += x * step(place);
+                }
             }
-            let (ab, cd) = (_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
-            store_sums(_mm256_hadd_epi32(ab, cd), &mut sums[r * d + place..]);
         }
-        u += 1;
     }
+}
+
+/// Sums of four vectors, one a lane.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn sums_of([a, b, c, d]: [__m512i; UNIT_CHANNELS]) -> __m128i {
+    let two = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    let (ab, cd) = (two(a, b), two(c, d));
+    let x = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    let x = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x));
+    _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x))
 }

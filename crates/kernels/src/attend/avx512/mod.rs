@@ -6,17 +6,32 @@
 //! Many rows run AVX2's code: there the multipliers are the limit, which 512-bit vectors do not move.
 
 mod mix;
+mod outliers;
+mod query;
 mod score;
 mod softmax;
 pub(super) mod tile;
 mod unpack;
 
 pub(super) use mix::coded as mix;
+pub(super) use query::factors;
 pub(super) use score::coded as score;
 pub(super) use softmax::softmax;
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+
+/// What a thread reuses from block to block.
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// What makes each row of queries integers.
+    pub factors: Vec<f32>,
+    /// Queries at the block's origin, as many rows as are multiplied at a time side by side.
+    local: Vec<query::Sixteen>,
+    /// The same as integers.
+    ints: Vec<query::Eight>,
+    outliers: outliers::Scratch,
+}
 
 /// sums + a * b, products of 16-bit neighbours added in 32 bits.
 ///

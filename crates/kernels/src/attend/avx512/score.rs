@@ -9,36 +9,30 @@ use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::avx2::ahead::{Ahead, lines_a_unit};
 use super::super::avx2::decode::{ROWS, Row, Scratch, Signs};
-use super::super::avx2::outliers;
-use super::super::avx2::score::{integers, steps_of};
+use super::super::avx2::score::steps_of;
 use super::super::avx2::unpack::{by_rows, by_width, units};
 use super::super::view::{CodedView, Run, TOKENS};
-use super::multiply_add;
+use super::query::{self, Eight, Sixteen};
 use super::unpack::{self, Signposts};
-use crate::rope::{BlockTable, Turns16};
+use super::{multiply_add, outliers};
+use crate::rope::{BlockTable, Rotation, Turns16};
 
 /// Scores of R rows in 32 bits. Sums `[2 h]` and `[2 h + 1]` hold half h of the tokens, by lanes of four: 0, 2, 4, 6 and
 /// 16, 18, 20, 22, then the odd ones above them; and the same 8 further.
 type Sums<const R: usize> = [[__m512i; 4]; R];
 
-/// The integer queries of R rows, and what turns keys.
-struct Pass<'a, const R: usize> {
-    queries: [&'a [i32]; R],
-    /// None: keys are stored turned.
-    turn: Option<&'a BlockTable>,
-}
-
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in crate::attend) fn coded(
     s: &mut Scratch,
-    d: usize,
+    q: &[f32],
     v: &CodedView<'_>,
-    turn: Option<&BlockTable>,
+    origin: Option<&Rotation>,
+    table: &BlockTable,
     ahead: &mut Ahead<'_>,
     scores: &mut [Row],
 ) {
-    let steps = steps_of(v, &s.steps);
-    s.pairs.resize(scores.len() * d / 2, 0);
+    let d = v.head_dim();
+    let turn = origin.map(|_| table);
     let stored = !v.lut.order.is_empty() || scores.len() > ROWS;
     if stored {
         s.signposts.resize(d, Signs([0; TOKENS]));
@@ -46,11 +40,24 @@ pub(in crate::attend) fn coded(
             by_width!(run, signposts::<_>(v, &run, ahead, &mut s.signposts));
         }
     }
-    let keys = stored.then_some(&s.signposts[..]);
-    let rows_of = s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * d / 2)).zip(scores.chunks_mut(ROWS));
-    for ((q, ints), scores) in rows_of {
-        by_rows!(scores.len(), rows::<_>(q, d, v, steps, turn, keys, ahead, ints, &mut s.outliers, scores));
+    s.wide.ints.resize(d.div_ceil(16), Eight::default());
+    s.wide.local.resize(d.div_ceil(16), Sixteen::default());
+    let keys = Keys { v, turn, signposts: stored.then_some(&s.signposts[..]) };
+    let steps = steps_of(v, &s.steps);
+    let rows_of = q.chunks(ROWS * d).zip(s.wide.factors.chunks(ROWS)).zip(scores.chunks_mut(ROWS));
+    for ((q, factors), scores) in rows_of {
+        let (ints, local, outliers) = (&mut s.wide.ints[..], &mut s.wide.local[..], &mut s.wide.outliers);
+        by_rows!(scores.len(), rows::<_>(q, &keys, origin, steps, factors, ahead, ints, local, outliers, scores));
     }
+}
+
+/// A block's keys.
+struct Keys<'a> {
+    v: &'a CodedView<'a>,
+    /// None: they are stored turned.
+    turn: Option<&'a BlockTable>,
+    /// None: they go from codes to scores in registers.
+    signposts: Option<&'a [Signs]>,
 }
 
 #[inline]
@@ -77,20 +84,32 @@ fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'
     }
 }
 
-/// sums += a pair of channels, turned, times the queries.
+/// Integer queries of a unit's first and second pair, four rows each.
+#[inline(always)]
+fn queries_of(ints: &[Eight], unit: usize) -> [&[i32; ROWS]; 2] {
+    let Eight(pairs) = &ints[unit / 4];
+    let (quarter, half) = (unit % 2 * 2, unit / 2 % 2);
+    [&pairs[quarter][half], &pairs[quarter + 1][half]]
+}
+
+/// sums += a pair of channels times the queries. Keys are turned first where TURN is true.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn add_pair<const R: usize>(sums: &mut Sums<R>, pass: &Pass<'_, R>, pair: usize, x: Signposts, y: Signposts) {
+fn add_pair<const R: usize, const TURN: bool>(
+    sums: &mut Sums<R>,
+    queries: &[i32; ROWS],
+    turn: Option<&Turns16>,
+    x: Signposts,
+    y: Signposts,
+) {
     for h in 0..2 {
         let (mut a, mut b) = (x[h], y[h]);
-        if let Some(table) = pass.turn {
-            let Turns16([cos, sin]) = &table.wide16[pair];
+        if TURN && let Some(Turns16([cos, sin])) = turn {
             (a, b) = rotate(a, b, load(&cos.as_chunks().0[h]), load(&sin.as_chunks().0[h]));
         }
         let (low, high) = (_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b));
         for r in 0..R {
-            // SAFETY: every query holds all pairs of the head.
-            let q = _mm512_set1_epi32(unsafe { *pass.queries[r].get_unchecked(pair) });
+            let q = _mm512_set1_epi32(queries[r]);
             sums[r][2 * h] = multiply_add(sums[r][2 * h], low, q);
             sums[r][2 * h + 1] = multiply_add(sums[r][2 * h + 1], high, q);
         }
@@ -108,41 +127,53 @@ fn rotate(x: __m512i, y: __m512i, cos: __m512i, sin: __m512i) -> (__m512i, __m51
 
 /// sums += the pairs of a run, straight from the codes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn add_run<const B: u32, const R: usize>(
+fn add_run<const B: u32, const R: usize, const TURN: bool>(
     v: &CodedView<'_>,
     run: &Run<'_>,
-    pass: &Pass<'_, R>,
+    ints: &[Eight],
+    turns: &[Turns16],
     ahead: &mut Ahead<'_>,
     all: &mut Sums<R>,
 ) {
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
     let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
+    let turns = turns.as_chunks::<2>().0;
     for ((u, unit), tables) in units::<B>(run).zip(tables) {
         ahead.lines(lines_a_unit(B));
         let [low, high] = unpack::codes::<B>(unit);
+        let queries = queries_of(ints, u);
+        let turn = if TURN { Some(&turns[u]) } else { None };
         for p in [0, 1] {
-            let [x, y] = [2 * p, 2 * p + 1].map(|i| unpack::look_up::<B>(&tables[i], low[i], high[i]));
-            add_pair(&mut sums, pass, u * UNIT_CHANNELS / 2 + p, x, y);
+            let x = unpack::look_up::<B>(&tables[2 * p], low[2 * p], high[2 * p]);
+            let y = unpack::look_up::<B>(&tables[2 * p + 1], low[2 * p + 1], high[2 * p + 1]);
+            add_pair::<R, TURN>(&mut sums, queries[p], turn.map(|t| &t[p]), x, y);
         }
     }
-    for r in 0..R {
-        for i in 0..4 {
-            all[r][i] = _mm512_add_epi32(all[r][i], sums[r][i]);
-        }
-    }
+    add(all, &sums);
 }
 
 /// sums += all pairs, from stored signposts.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn add_stored<const R: usize>(keys: &[Signs], pass: &Pass<'_, R>, all: &mut Sums<R>) {
+fn add_stored<const R: usize, const TURN: bool>(keys: &[Signs], ints: &[Eight], turns: &[Turns16], all: &mut Sums<R>) {
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
-    for (pair, [x, y]) in keys.as_chunks::<2>().0.iter().enumerate() {
-        let [x, y] = [x, y].map(|of| {
-            let halves = of.0.as_chunks::<32>().0;
+    let turns = turns.as_chunks::<2>().0;
+    for (u, keys) in keys.as_chunks::<UNIT_CHANNELS>().0.iter().enumerate() {
+        let queries = queries_of(ints, u);
+        let turn = if TURN { Some(&turns[u]) } else { None };
+        let halves = |i: usize| {
+            let halves = keys[i].0.as_chunks::<32>().0;
             [load(&halves[0]), load(&halves[1])]
-        });
-        add_pair(&mut sums, pass, pair, x, y);
+        };
+        for p in [0, 1] {
+            add_pair::<R, TURN>(&mut sums, queries[p], turn.map(|t| &t[p]), halves(2 * p), halves(2 * p + 1));
+        }
     }
+    add(all, &sums);
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn add<const R: usize>(all: &mut Sums<R>, sums: &Sums<R>) {
     for r in 0..R {
         for i in 0..4 {
             all[r][i] = _mm512_add_epi32(all[r][i], sums[r][i]);
@@ -154,44 +185,59 @@ fn add_stored<const R: usize>(keys: &[Signs], pass: &Pass<'_, R>, all: &mut Sums
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn rows<const R: usize>(
     q: &[f32],
-    d: usize,
-    v: &CodedView<'_>,
+    keys: &Keys<'_>,
+    origin: Option<&Rotation>,
     steps: &[f32],
-    turn: Option<&BlockTable>,
-    keys: Option<&[Signs]>,
+    factors: &[f32],
     ahead: &mut Ahead<'_>,
-    ints: &mut [i32],
+    ints: &mut [Eight],
+    local: &mut [Sixteen],
     extra: &mut outliers::Scratch,
     scores: &mut [Row],
 ) {
-    let pairs = d / 2;
+    let (v, turn) = (keys.v, keys.turn);
     let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
-    let mut factors = [0.0; R];
-    for ((q, ints), factor) in q.chunks_exact(d).zip(ints.chunks_exact_mut(pairs)).zip(&mut factors) {
-        *factor = integers(q, steps, ints);
-    }
-    let pass = Pass { queries: std::array::from_fn(|r| &ints[r * pairs..(r + 1) * pairs]), turn };
+    let factors: &[f32; R] = factors.first_chunk().expect("a factor a row");
+    let some = !v.outliers.places.is_empty();
+    query::turn::<R>(q, origin, steps, factors, ints, some.then_some(&mut *local));
+    let outliers = some.then(|| outliers::score(extra, local, v, turn));
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
-    match keys {
-        Some(keys) => add_stored::<R>(keys, &pass, &mut sums),
-        None => {
+    // As many turns as there are pairs, or none where keys are stored turned.
+    let turns = turn.map_or(&[][..], |t| &t.wide16[..v.head_dim() / 2]);
+    match (keys.signposts, turn.is_some()) {
+        (Some(keys), true) => add_stored::<R, true>(keys, ints, turns, &mut sums),
+        (Some(keys), false) => add_stored::<R, false>(keys, ints, turns, &mut sums),
+        (None, true) => {
             for run in v.runs() {
-                by_width!(run, add_run::<_, R>(v, &run, &pass, ahead, &mut sums));
+                by_width!(run, add_run::<_, R, true>(v, &run, ints, turns, ahead, &mut sums));
+            }
+        }
+        (None, false) => {
+            for run in v.runs() {
+                by_width!(run, add_run::<_, R, false>(v, &run, ints, turns, ahead, &mut sums));
             }
         }
     }
     // Sixteen tokens of a half from its two sums: even and odd ones lie two lanes apart.
-    let at = |token: i32| token % 2 * 8 + token / 16 % 2 * 4 + token % 8 / 2 + token / 8 % 2 * 16;
-    let places: [[i32; 16]; 2] = std::array::from_fn(|i| std::array::from_fn(|t| at((16 * i + t) as i32)));
-    for r in 0..R {
-        let factor = _mm512_set1_ps(factors[r]);
-        for (i, to) in scores[r].as_chunks_mut::<16>().0.iter_mut().enumerate() {
-            // SAFETY: 64 readable bytes; unaligned loads are allowed.
-            let places = unsafe { _mm512_loadu_si512(places[i % 2].as_ptr().cast()) };
+    const PLACES: [[i32; 16]; 2] = {
+        let (mut places, mut t) = ([[0; 16]; 2], 0);
+        while t < 32 {
+            places[t / 16][t % 16] = (t % 2 * 8 + t / 16 % 2 * 4 + t % 8 / 2 + t / 8 % 2 * 16) as i32;
+            t += 1;
+        }
+        places
+    };
+    for i in 0..TOKENS / 16 {
+        let extra = outliers.as_ref().map(|o| o[i].rows());
+        // SAFETY: 64 readable bytes; unaligned loads are allowed.
+        let places = unsafe { _mm512_loadu_si512(PLACES[i % 2].as_ptr().cast()) };
+        for r in 0..R {
+            let units = if factors[r] > 0.0 { 1.0 / factors[r] } else { 0.0 };
             let x = _mm512_permutex2var_epi32(sums[r][i / 2 * 2], places, sums[r][i / 2 * 2 + 1]);
+            let extra = extra.map_or(_mm512_setzero_ps(), |e| e[r]);
+            let x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(units), extra);
             // SAFETY: 16 writable floats; unaligned stores are allowed.
-            unsafe { _mm512_storeu_ps(to.as_mut_ptr(), _mm512_mul_ps(_mm512_cvtepi32_ps(x), factor)) };
+            unsafe { _mm512_storeu_ps(scores[r][16 * i..][..16].as_mut_ptr(), x) };
         }
     }
-    outliers::score::<R>(extra, q, d, v, turn, scores);
 }

@@ -27,10 +27,8 @@ fn exp(x: __m512) -> __m512 {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn load(from: &[f32; 16]) -> __m512 {
-    // Scores were just written eight at a time: a wider load would wait until they have reached the cache.
-    // SAFETY: 8 readable floats each; unaligned loads are allowed.
-    let [low, high] = [0, 8].map(|i| unsafe { _mm256_loadu_ps(from.as_ptr().add(i)) });
-    _mm512_insertf32x8::<1>(_mm512_castps256_ps512(low), high)
+    // SAFETY: 64 readable bytes; unaligned loads are allowed.
+    unsafe { _mm512_loadu_ps(from.as_ptr()) }
 }
 
 /// Turns the scores of row `row`, every `step`-th of `all`, into probabilities under the row's running maximum.

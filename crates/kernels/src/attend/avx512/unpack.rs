@@ -52,9 +52,12 @@ fn plane<const B: u32>(unit: &[[u8; VECTOR]]) -> [Codes; UNIT_CHANNELS] {
                 bit(_mm256_srli_epi16::<3>(x), 0x11),
                 _mm256_or_si256(bit(_mm256_srli_epi16::<2>(y), 0x22), bit(_mm256_srli_epi16::<1>(z), 0x44)),
             );
-            [x, y, z, fourth].map(|v| fields::<0, 4>(v))
+            [fields::<0, 4>(x), fields::<0, 4>(y), fields::<0, 4>(z), fields::<0, 4>(fourth)]
         }
-        _ => [0, 1, 2, 3].map(|i| fields::<0, 4>(vector(&unit[i]))),
+        _ => {
+            let four = |i: usize| fields::<0, 4>(vector(&unit[i]));
+            [four(0), four(1), four(2), four(3)]
+        }
     }
 }
 
@@ -77,7 +80,7 @@ pub(super) fn look_up<const B: u32>(table: &Table, low: Codes, high: Codes) -> S
     if B <= LOW_BITS + 1 {
         // SAFETY: both parts, 64 readable bytes.
         let words = unsafe { _mm512_loadu_si512(table.words.as_ptr().cast()) };
-        return [0, 1].map(|i| {
+        let look = |i: usize| {
             let code = match B {
                 // The fifth bit goes above the low four.
                 5 => _mm512_ternarylogic_epi32::<0xca>(
@@ -88,12 +91,14 @@ pub(super) fn look_up<const B: u32>(table: &Table, low: Codes, high: Codes) -> S
                 _ => low[i],
             };
             _mm512_permutexvar_epi16(code, words)
-        });
+        };
+        return [look(0), look(1)];
     }
     let part = |i: usize| {
         // SAFETY: 32 readable bytes; unaligned loads are allowed.
         _mm512_broadcast_i64x4(unsafe { _mm256_loadu_si256(table.words[i].as_ptr().cast()) })
     };
     let (x, y) = (part(0), part(1));
-    [0, 1].map(|i| _mm512_add_epi16(_mm512_permutexvar_epi16(low[i], x), _mm512_permutexvar_epi16(high[i], y)))
+    let look = |i: usize| _mm512_add_epi16(_mm512_permutexvar_epi16(low[i], x), _mm512_permutexvar_epi16(high[i], y));
+    [look(0), look(1)]
 }

@@ -1,0 +1,287 @@
+//! Outliers: where sixteen of them lie and what they weigh is computed in lanes; then each takes one vector operation or
+//! two for up to four rows, which lie side by side.
+
+use std::arch::x86_64::*;
+use std::f32::consts::PI;
+
+use kvquant_quant::pack::UNIT_CHANNELS;
+
+use super::super::avx2::decode::ROWS;
+use super::super::view::{CodedView, TOKENS};
+use super::query::{Sixteen, lanes, place_of};
+use crate::rope::BlockTable;
+
+/// Outliers of a vector.
+const LANES: usize = 16;
+/// Units whose outliers are placed without a branch.
+const MOST_UNITS: usize = 64;
+/// From a pair's first channel to its second, in floats of a slice of [`Sixteen`].
+const SECOND: usize = 16;
+
+/// What a thread reuses from block to block: lists that only grow, whose end is left over from before.
+#[derive(Default)]
+pub(in crate::attend) struct Scratch {
+    /// The unit of each outlier.
+    units: Vec<u16>,
+    list: List,
+    /// Sums by channel.
+    sums: Vec<Sixteen>,
+}
+
+#[derive(Default)]
+struct List {
+    /// Floats before the rows that are read, and those that are added to.
+    from: Vec<u16>,
+    to: Vec<u16>,
+    /// Weight of what is read; of keys that of the pair's second channel too.
+    first: Vec<f32>,
+    second: Vec<f32>,
+}
+
+fn grow<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
+    if list.len() < len {
+        list.resize(len, T::default());
+    }
+}
+
+impl Scratch {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    fn units(&mut self, counts: &[u8], n: usize) {
+        grow(&mut self.units, n.next_multiple_of(TOKENS));
+        if n > u8::MAX as usize || counts.len() > MOST_UNITS {
+            let units = counts.iter().zip(0..).flat_map(|(&n, u)| std::iter::repeat_n(u, n as usize));
+            self.units.iter_mut().zip(units).for_each(|(to, unit)| *to = unit);
+            return;
+        }
+        let mut ends = [0u8; MOST_UNITS];
+        let mut before = _mm_setzero_si128();
+        for (counts, ends) in counts.chunks(16).zip(ends.as_chunks_mut::<16>().0) {
+            // SAFETY: only lanes that lie in the slice are read; 16 writable bytes.
+            unsafe {
+                let mut x = _mm_maskz_loadu_epi8(lanes(0, counts.len()), counts.as_ptr().cast());
+                x = _mm_add_epi8(x, _mm_bslli_si128::<1>(x));
+                x = _mm_add_epi8(x, _mm_bslli_si128::<2>(x));
+                x = _mm_add_epi8(x, _mm_bslli_si128::<4>(x));
+                x = _mm_add_epi8(x, _mm_bslli_si128::<8>(x));
+                x = _mm_add_epi8(x, before);
+                before = _mm_shuffle_epi8(x, _mm_set1_epi8(15));
+                _mm_storeu_si128(ends.as_mut_ptr().cast(), x);
+            }
+        }
+        const NUMBERS: [u8; TOKENS] = {
+            let (mut numbers, mut i) = ([0; TOKENS], 0);
+            while i < TOKENS {
+                numbers[i] = i as u8;
+                i += 1;
+            }
+            numbers
+        };
+        let ends = &ends[..counts.len()];
+        for (first, to) in (0..n).step_by(TOKENS).zip(self.units.as_chunks_mut::<TOKENS>().0) {
+            // SAFETY: 64 readable bytes; unaligned loads are allowed.
+            let number = unsafe { _mm512_loadu_si512(NUMBERS.as_ptr().cast()) };
+            let number = _mm512_add_epi8(number, _mm512_set1_epi8(first as u8 as i8));
+            // An outlier's unit is the number of units that end before it.
+            let (mut unit, one) = (_mm512_setzero_si512(), _mm512_set1_epi8(1));
+            for &end in ends {
+                let behind = _mm512_cmple_epu8_mask(_mm512_set1_epi8(end as i8), number);
+                unit = _mm512_mask_add_epi8(unit, behind, unit, one);
+            }
+            // SAFETY: 128 writable bytes; unaligned stores are allowed.
+            unsafe {
+                let low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(unit));
+                let high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64::<1>(unit));
+                _mm512_storeu_si512(to.as_mut_ptr().cast(), low);
+                _mm512_storeu_si512(to.as_mut_ptr().add(32).cast(), high);
+            }
+        }
+    }
+
+    /// Calls `then(list, number of the first, channels, tokens, residuals)` for all outliers of a side, sixteen at a time.
+    /// Every channel is below its `head_dim`, every token below 64; behind the last lie zeros.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    fn sixteens(&mut self, v: &CodedView<'_>, mut then: impl FnMut(&mut List, usize, __m512i, __m512i, __m512)) {
+        let (places, residuals) = (v.outliers.places, v.outliers.residuals);
+        let n = places.len();
+        self.units(v.outliers.counts, n);
+        let list = &mut self.list;
+        let whole = n.next_multiple_of(LANES);
+        grow(&mut list.from, whole);
+        grow(&mut list.to, whole);
+        grow(&mut list.first, whole);
+        grow(&mut list.second, whole);
+        for (i, units) in (0..n).step_by(LANES).zip(self.units.as_chunks::<LANES>().0) {
+            let some = lanes(i, n);
+            // SAFETY: only lanes that lie in the slices, which are of one length, are read.
+            let (unit, place, residual) = unsafe {
+                let unit = _mm256_maskz_mov_epi16(some, _mm256_loadu_si256(units.as_ptr().cast()));
+                let place = _mm_maskz_loadu_epi8(some, places.as_ptr().add(i).cast());
+                let residual = _mm256_maskz_loadu_epi16(some, residuals.as_ptr().add(i).cast());
+                (_mm512_cvtepu16_epi32(unit), _mm512_cvtepu8_epi32(place), _mm512_cvtph_ps(residual))
+            };
+            const UNIT_BITS: u32 = UNIT_CHANNELS.trailing_zeros();
+            let mut channel = _mm512_add_epi32(_mm512_slli_epi32::<UNIT_BITS>(unit), _mm512_srli_epi32::<6>(place));
+            if !v.lut.order.is_empty() {
+                let mut all = [0u32; LANES];
+                // SAFETY: 64 writable bytes; unaligned stores are allowed.
+                unsafe { _mm512_storeu_si512(all.as_mut_ptr().cast(), channel) };
+                all.iter_mut().for_each(|c| *c = v.lut.order[*c as usize] as u32);
+                // SAFETY: 64 readable bytes; unaligned loads are allowed.
+                channel = unsafe { _mm512_loadu_si512(all.as_ptr().cast()) };
+            }
+            let token = _mm512_and_si512(place, _mm512_set1_epi32(TOKENS as i32 - 1));
+            then(list, i, channel, token, residual);
+        }
+    }
+}
+
+impl List {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    fn places(&mut self, i: usize, from: __m512i, to: __m512i) {
+        for (list, x) in [(&mut self.from, from), (&mut self.to, to)] {
+            let list: &mut [u16; LANES] = list[i..].first_chunk_mut().expect("lists hold whole vectors");
+            // SAFETY: 32 writable bytes; unaligned stores are allowed.
+            unsafe { _mm256_storeu_si256(list.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(_mm512_slli_epi32::<2>(x))) };
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn store(list: &mut [f32], i: usize, x: __m512) {
+    let list: &mut [f32; LANES] = list[i..].first_chunk_mut().expect("lists hold whole vectors");
+    // SAFETY: 64 writable bytes; unaligned stores are allowed.
+    unsafe { _mm512_storeu_ps(list.as_mut_ptr(), x) };
+}
+
+/// cos and sin of some cycles, to 4e-6.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn cos_sin(cycles: __m512) -> (__m512, __m512) {
+    let whole = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(cycles);
+    // Half the angle, in units of pi: at most a quarter of a cycle, where a short series will do.
+    let x = _mm512_sub_ps(cycles, whole);
+    let square = _mm512_mul_ps(x, x);
+    let series = |coefficients: &[f32]| {
+        let mut sum = _mm512_set1_ps(coefficients[0]);
+        for c in &coefficients[1..] {
+            sum = _mm512_fmadd_ps(sum, square, _mm512_set1_ps(*c));
+        }
+        sum
+    };
+    let sin = _mm512_mul_ps(x, series(&[0.082_145_89, -0.599_264_5, 2.550_164, -5.167_712_8, PI]));
+    let cos = series(&[-0.025_806_89, 0.235_330_63, -1.335_262_8, 4.058_712, -4.934_802, 1.0]);
+    let twice = _mm512_add_ps(sin, sin);
+    (_mm512_fnmadd_ps(twice, sin, _mm512_set1_ps(1.0)), _mm512_mul_ps(twice, cos))
+}
+
+/// The cycles that the pair of each channel turns by in a token.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn cycles_of(table: &BlockTable, pair: __m512i) -> __m512 {
+    match table.cycles.first_chunk::<32>() {
+        // SAFETY: 128 readable bytes; unaligned loads are allowed.
+        Some(all) if table.cycles.len() == 32 => unsafe {
+            let (low, high) = (_mm512_loadu_ps(all.as_ptr()), _mm512_loadu_ps(all.as_ptr().add(16)));
+            _mm512_permutex2var_ps(low, pair, high)
+        },
+        // SAFETY: channels are below head_dim (`Scratch::sixteens`), and the table's pairs were checked to be as many.
+        _ => unsafe { _mm512_i32gather_ps::<4>(pair, table.cycles.as_ptr()) },
+    }
+}
+
+/// Rows by token: residuals times the queries' shares of their channels at their tokens. `local` holds the queries.
+///
+/// A key that lies at R(t) e_c has the share cos q[c] + sin q[c + 1] in a query if c is even, cos q[c] - sin q[c - 1] if not.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(super) fn score(
+    s: &mut Scratch,
+    local: &[Sixteen],
+    v: &CodedView<'_>,
+    turn: Option<&BlockTable>,
+) -> [Sixteen; TOKENS / 16] {
+    let mut sums = [Sixteen::default(); TOKENS / 16];
+    assert!(local.len() >= v.head_dim().div_ceil(16) && turn.is_none_or(|t| t.cycles.len() >= v.head_dim() / 2));
+    s.sixteens(v, |list, i, channel, token, residual| {
+        let one = _mm512_set1_epi32(1);
+        let (even, pair) = (_mm512_testn_epi32_mask(channel, one), _mm512_srli_epi32::<1>(channel));
+        let (cos, sin) = match turn {
+            Some(table) => {
+                let (cos, sin) = cos_sin(_mm512_mul_ps(_mm512_cvtepi32_ps(token), cycles_of(table, pair)));
+                (_mm512_mul_ps(cos, residual), _mm512_mul_ps(sin, residual))
+            }
+            None => (residual, _mm512_setzero_ps()),
+        };
+        list.places(i, place_of(_mm512_andnot_si512(one, channel)), place_of(token));
+        store(&mut list.first, i, _mm512_mask_sub_ps(cos, !even, _mm512_setzero_ps(), sin));
+        store(&mut list.second, i, _mm512_mask_mov_ps(cos, even, sin));
+    });
+    let from: *const f32 = local.as_ptr().cast();
+    let to: *mut f32 = sums.as_mut_ptr().cast();
+    let list = &s.list;
+    let weights = list.first.iter().zip(&list.second);
+    for ((&f, &t), (&a, &b)) in list.from.iter().zip(&list.to).zip(weights).take(v.outliers.places.len()) {
+        // SAFETY: channels are below head_dim, which is even, and tokens below 64 (`Scratch::sixteens`): `local`, as checked
+        // above, and `sums` have a place for each.
+        unsafe {
+            let (x, y) = (_mm_loadu_ps(from.add(f as usize)), _mm_loadu_ps(from.add(f as usize + SECOND)));
+            let to = to.add(t as usize);
+            let sum = _mm_fmadd_ps(x, _mm_set1_ps(a), _mm_loadu_ps(to));
+            _mm_storeu_ps(to, _mm_fmadd_ps(y, _mm_set1_ps(b), sum));
+        }
+    }
+    sums
+}
+
+/// out[r][c] += weights[r][t] * residual, over some blocks, whose `weights` lie side by side. `out` is `[R, d]`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(super) fn mix<const R: usize>(
+    s: &mut Scratch,
+    blocks: &[CodedView<'_>],
+    d: usize,
+    weights: impl Fn(usize) -> [Sixteen; TOKENS / 16],
+    out: &mut [f32],
+) {
+    if blocks.iter().all(|v| v.outliers.places.is_empty()) {
+        return;
+    }
+    let mut sums = std::mem::take(&mut s.sums);
+    sums.clear();
+    sums.resize(d.div_ceil(16), Sixteen::default());
+    for (b, v) in blocks.iter().enumerate() {
+        assert!(v.head_dim() <= d);
+        s.sixteens(v, |list, i, channel, token, residual| {
+            list.places(i, place_of(token), place_of(channel));
+            store(&mut list.first, i, residual);
+        });
+        let weights = weights(b);
+        let from: *const f32 = weights.as_ptr().cast();
+        let to: *mut f32 = sums.as_mut_ptr().cast();
+        let list = &s.list;
+        for ((&f, &t), &a) in list.from.iter().zip(&list.to).zip(&list.first).take(v.outliers.places.len()) {
+            // SAFETY: channels are below head_dim and tokens below 64 (`Scratch::sixteens`): both slices have a place for each.
+            unsafe {
+                let to = to.add(t as usize);
+                let x = _mm_loadu_ps(from.add(f as usize));
+                _mm_storeu_ps(to, _mm_fmadd_ps(x, _mm_set1_ps(a), _mm_loadu_ps(to)));
+            }
+        }
+    }
+    for (first, sums) in (0..d).step_by(16).zip(&sums) {
+        let rows: [__m512; ROWS] = sums.rows();
+        for r in 0..R {
+            let out = &mut out[r * d + first..(r + 1) * d];
+            let some = lanes(0, out.len());
+            // SAFETY: only lanes that lie in the row are read and written.
+            unsafe {
+                let sum = _mm512_add_ps(_mm512_maskz_loadu_ps(some, out.as_ptr()), rows[r]);
+                _mm512_mask_storeu_ps(out.as_mut_ptr(), some, sum);
+            }
+        }
+    }
+    s.sums = sums;
+}
