@@ -301,6 +301,11 @@ impl History<'_> {
         if tokens.len() < BLOCK_TOKENS / 4 && coded { self.shape.kv_heads } else { 1 }
     }
 
+    /// Whether waking other threads takes less time than they save.
+    fn is_worth_threads(&self, tokens: &Range<usize>) -> bool {
+        tokens.len() > BLOCK_TOKENS || self.shape.kv_heads * (self.layer.blocks().len() + 1) >= SPLIT_FROM
+    }
+
     /// Splits rows and parts so that all threads have work of about the same size, and puts the tasks at the front of
     /// `works`; returns how many.
     fn plan(&self, tokens: Range<usize>, works: &mut Vec<Work>) -> usize {
@@ -316,7 +321,7 @@ impl History<'_> {
             if parts * BLOCK_TOKENS < 4 * tokens.len() {
                 rows_each = BLOCK_TOKENS;
             }
-        } else if threads > 1 && heads * parts >= SPLIT_FROM {
+        } else if threads > 1 && self.is_worth_threads(&tokens) {
             if tokens.len() >= BLOCK_TOKENS / 4 {
                 rows_each = tokens.len().div_ceil(pieces.min(tokens.len() / 8));
             } else {
@@ -370,7 +375,7 @@ impl History<'_> {
             self.attend(queries, work, position + work.task.tokens.start - tokens.start)?;
             if work.task.parts.start == 0 { extra(work) } else { Ok(()) }
         };
-        if n <= self.shape.kv_heads / self.heads_each(&tokens) {
+        if n == 1 || !self.is_worth_threads(&tokens) {
             works.iter_mut().try_for_each(run)?;
         } else {
             works.par_iter_mut().with_max_len(1).try_for_each(run)?;
