@@ -68,10 +68,8 @@ pub struct Args {
     /// Keep results in this file as they come, and take up those that it has
     #[arg(long, value_name = "FILE.json")]
     parts: Option<PathBuf>,
-    /// A Markdown text to put behind the summary, for what no table says
-    #[arg(long, value_name = "FILE")]
-    notes: Option<PathBuf>,
-    /// The report to write, with plots of the same name (.svg) beside it; standard output without it
+    /// The report to write, with plots of the same name (.svg) beside it; what its last part says by hand is kept.
+    /// Standard output without it
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Print the report as JSON on standard output
@@ -209,7 +207,6 @@ fn main_quantizer(args: &Args, loaded: &Loaded, specs: &[&Spec]) -> Result<Optio
 
 pub fn run(args: Args) -> Result<()> {
     let names = tables::names(args.only.as_deref())?;
-    let notes = args.notes.as_deref().map(read_text).transpose()?;
     let longest = args.cells.lengths.iter().chain(&args.contexts).copied().max().unwrap_or(0);
     let loaded = models::load(&args.model, Some(longest.max(args.source.ctx())))?;
     let formats: Vec<Format> = names.iter().map(|n| n.parse()).collect::<Result<_, _>>()?;
@@ -301,7 +298,7 @@ pub fn run(args: Args) -> Result<()> {
         });
         say!("{}", serde_json::to_string_pretty(&json)?);
     }
-    let page = page::page(&findings, &args, quantizer, &compare, notes.as_deref());
+    let page = page::page(&findings, &args, quantizer, &compare);
     let Some(path) = &args.output else {
         if !args.json {
             print!("{page}");
@@ -312,5 +309,6 @@ pub fn run(args: Args) -> Result<()> {
     for (task, report) in &findings.retrieval {
         write(&page::heat_map(path, *task), &report.plot_svg()?)?;
     }
-    write(path, &page)
+    let before = if path.exists() { read_text(path)? } else { String::new() };
+    write(path, &(page + page::by_hand(&before)))
 }

@@ -79,8 +79,9 @@ fn a_hidden_number_is_found_again() {
 fn the_report_is_made_again_in_short() {
     let folder = tempfile::tempdir().unwrap();
     let page = folder.path().join("quality.md");
-    let (parts, notes) = (folder.path().join("parts.json"), folder.path().join("notes.md"));
-    std::fs::write(&notes, "## What no table says\n").unwrap();
+    let parts = folder.path().join("parts.json");
+    let by_hand = "\n<!-- By hand from here on: `kvquant ablate` keeps it. -->\n\n## What no table says\n";
+    std::fs::write(&page, format!("an old page{by_hand}")).unwrap();
     let make = || {
         kvquant(&[
             "ablate",
@@ -105,8 +106,6 @@ fn the_report_is_made_again_in_short() {
             CODE,
             "--contexts",
             "192",
-            "--notes",
-            notes.to_str().unwrap(),
             "--parts",
             parts.to_str().unwrap(),
             "-o",
@@ -139,6 +138,7 @@ fn the_report_is_made_again_in_short() {
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
+    assert!(text.ends_with(by_hand) && !text.contains("an old page"), "{text}");
     assert!(!text.contains("## Codebooks"), "tables without a cache are left out: {text}");
     let plot = std::fs::read_to_string(folder.path().join("quality.svg")).unwrap();
     assert!(plot.contains("sim:q4_0") && plot.contains("mix3+sink1"), "{plot}");

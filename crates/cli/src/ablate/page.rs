@@ -10,6 +10,14 @@ use super::{Args, Findings, Named};
 use crate::eval::file_name;
 use crate::output::bytes;
 
+/// Begins the part of a page that is written by hand.
+const BY_HAND: &str = "\n<!-- By hand from here on: `kvquant ablate` keeps it. -->\n";
+
+/// The part of a page that is written by hand.
+pub fn by_hand(page: &str) -> &str {
+    page.find(BY_HAND).map_or("", |at| &page[at..])
+}
+
 /// Where the heat map of a task lies, beside the page.
 pub fn heat_map(page: &Path, task: Task) -> PathBuf {
     let stem = page.file_stem().unwrap_or_default().to_string_lossy();
@@ -41,9 +49,7 @@ fn options(args: &Args) -> String {
     if !args.contexts.is_empty() {
         all.push(format!("--contexts {}", list(&args.contexts)));
     }
-    for (option, path) in [("late-text", &args.late_text), ("notes", &args.notes)] {
-        all.extend(path.as_ref().map(|path| format!("--{option} {}", file_name(path))));
-    }
+    all.extend(args.late_text.as_ref().map(|path| format!("--late-text {}", file_name(path))));
     all.extend(args.only.as_ref().map(|only| format!("--only '{only}'")));
     let cells = &args.cells;
     all.push(format!("--lengths {} --depths {} --trials {}", list(&cells.lengths), list(&cells.depths), cells.trials));
@@ -57,16 +63,10 @@ fn made_of(named: &Named) -> String {
     format!("{} ({} windows of {})", p.text, p.windows, p.ctx)
 }
 
-pub fn page(
-    findings: &Findings,
-    args: &Args,
-    quantizer: Option<&Named>,
-    compare: &[Named],
-    notes: Option<&str>,
-) -> String {
+pub fn page(findings: &Findings, args: &Args, quantizer: Option<&Named>, compare: &[Named]) -> String {
     let all = &findings.all;
     let mut page = format!(
-        "# Quality, part by part\n\nMade by `kvquant ablate {} {}`; do not edit.\n\n\
+        "# Quality, part by part\n\nMade by `kvquant ablate {} {}`; do not edit above the last part.\n\n\
          {} windows of {} tokens, quantized prefill: all that attention reads went through the packed cache. No beginning-of-text\n\
          token is added; the first token of a window is not scored. Everything stored counts as bits, at the end of a window; `at ∞`\n\
          counts full blocks alone: what an endless context comes to. Perplexity, KL divergence (nats) and top-1 agreement are against\n\
@@ -81,9 +81,6 @@ pub fn page(
     );
     if let Some(path) = &args.output {
         page += &format!("\n![KL divergence against bits]({})\n", file_name(&path.with_extension("svg")));
-    }
-    if let Some(notes) = notes {
-        page += &format!("\n{}\n", notes.trim());
     }
     for (title, names) in TABLES {
         let of = |n: &&str| all.results.iter().find(|r| r.kv == *n);
