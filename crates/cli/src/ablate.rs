@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use kvquant_cache::Prefill;
 use kvquant_eval::retrieval::{RetrievalReport, Task};
-use kvquant_eval::{Candidate, EvalOptions, Format, Report, agree, evaluate};
+use kvquant_eval::{Candidate, EvalOptions, EvalResult, Format, Report, agree, evaluate};
 use kvquant_quant::{Quantizer, Spec};
 
 use crate::calibrate::{Source, fit};
@@ -139,31 +139,39 @@ impl Bench<'_> {
         quantizer: Option<&Named>,
         options: &EvalOptions,
     ) -> Result<Report> {
-        let mut whole: Option<Report> = None;
         let Bench { loaded, parts } = self;
-        for (group, names) in names.chunks(GROUP).enumerate() {
-            let key =
-                (loaded.name.as_str(), text.hash(), options.ctx, options.windows, names, quantizer.map(|q| &q.hash));
-            let report: Report = parts.part(&key, || {
-                let candidates = candidates(names, quantizer)?;
-                let mut bar = Progress::new();
-                let stage = format!("{stage}, group {}", group + 1);
-                let mut progress = |done, total| bar.update(&stage, done as u64, total as u64);
-                let name = &text.name;
-                let report =
-                    evaluate(&loaded.model, &loaded.name, &text.ids, name, &candidates, options, &mut progress)?;
-                bar.clear();
-                Ok(report)
-            })?;
-            match &mut whole {
-                None => whole = Some(report),
-                Some(whole) => whole.results.extend(report.results),
+        let of_text = (text.hash(), options.ctx, options.windows);
+        let key = |name: &str| (loaded.name.clone(), of_text.clone(), name.to_string(), quantizer.map(|q| &q.hash));
+        let mut missing = Vec::new();
+        for name in names {
+            if parts.get::<EvalResult>(&key(name))?.is_none() {
+                missing.push(*name);
             }
         }
-        let prefill = "quantized".to_string();
-        let (model, text) = (loaded.name.clone(), text.name.clone());
-        let (ctx, windows) = (options.ctx, options.windows);
-        Ok(whole.unwrap_or(Report { model, text, ctx, windows, prefill, results: Vec::new(), generation: None }))
+        for (i, group) in missing.chunks(GROUP).enumerate() {
+            let candidates = candidates(group, quantizer)?;
+            let mut bar = Progress::new();
+            let stage = format!("{stage}, {} of {} caches done", i * GROUP, missing.len());
+            let mut progress = |done, total| bar.update(&stage, done as u64, total as u64);
+            let (model, ids) = (&loaded.model, &text.ids);
+            let report = evaluate(model, &loaded.name, ids, &text.name, &candidates, options, &mut progress)?;
+            bar.clear();
+            for result in report.results {
+                parts.put(&key(&result.kv), &result)?;
+            }
+            parts.keep()?;
+        }
+        let results = names.iter().map(|name| parts.get(&key(name)));
+        let results = results.collect::<Result<Vec<Option<EvalResult>>>>()?.into_iter().flatten().collect();
+        Ok(Report {
+            model: loaded.name.clone(),
+            text: text.name.clone(),
+            ctx: options.ctx,
+            windows: options.windows,
+            prefill: "quantized".into(),
+            results,
+            generation: None,
+        })
     }
 }
 
@@ -245,12 +253,7 @@ pub fn run(args: Args) -> Result<()> {
             if compare.is_empty() && others.is_empty() {
                 break;
             }
-            let report = if is_own(of) && on.name == text.name {
-                let results = all.results.iter().filter(|r| some.contains(&r.kv.as_str())).cloned().collect();
-                Report { results, ..all.clone() }
-            } else {
-                bench.measure(&format!("{} on {}", of.name, on.name), on, &some, Some(of), &options)?
-            };
+            let report = bench.measure(&format!("{} on {}", of.name, on.name), on, &some, Some(of), &options)?;
             compared.push(Compared { quantizer: of.name.clone(), text: on.name.clone(), report });
         }
     }

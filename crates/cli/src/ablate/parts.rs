@@ -34,21 +34,35 @@ impl Parts {
         Ok(Parts { path: path.map(Path::to_path_buf), done })
     }
 
+    /// The part that follows from `key`, if it is there.
+    pub fn get<T: DeserializeOwned>(&self, key: &impl Serialize) -> Result<Option<T>> {
+        let value = self.done.get(&serde_json::to_string(key)?);
+        Ok(value.map(|v| serde_json::from_value(v.clone())).transpose()?)
+    }
+
+    /// Takes in the part that follows from `key`; [`keep`](Parts::keep) writes it.
+    pub fn put(&mut self, key: &impl Serialize, part: &impl Serialize) -> Result<()> {
+        self.done.insert(serde_json::to_string(key)?, serde_json::to_value(part)?);
+        Ok(())
+    }
+
+    /// Writes all parts.
+    pub fn keep(&self) -> Result<()> {
+        self.path.as_ref().map_or(Ok(()), |path| write(path, &serde_json::to_string_pretty(&self.done)?))
+    }
+
     /// The part that follows from `key`, made and kept unless it is there already.
     pub fn part<T: Serialize + DeserializeOwned>(
         &mut self,
         key: &impl Serialize,
         make: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
-        let key = serde_json::to_string(key)?;
-        if let Some(value) = self.done.get(&key) {
-            return Ok(serde_json::from_value(value.clone())?);
+        if let Some(part) = self.get(key)? {
+            return Ok(part);
         }
         let made = make()?;
-        if let Some(path) = &self.path {
-            self.done.insert(key, serde_json::to_value(&made)?);
-            write(path, &serde_json::to_string_pretty(&self.done)?)?;
-        }
+        self.put(key, &made)?;
+        self.keep()?;
         Ok(made)
     }
 }
