@@ -73,6 +73,19 @@ impl Source {
 }
 
 impl Source {
+    /// What to call the text.
+    pub fn name(&self) -> String {
+        match &self.text {
+            Some(path) => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            None => format!("sampled by the model itself, seed {}", self.seed),
+        }
+    }
+
+    /// Whether a quantizer comes from this text.
+    pub fn made(&self, q: &Quantizer) -> bool {
+        (&q.provenance.text, q.provenance.windows, q.provenance.ctx) == (&self.name(), self.windows, self.ctx)
+    }
+
     /// Windows of token ids, and what to call their text.
     pub fn windows_of(&self, loaded: &Loaded) -> Result<(Vec<Vec<u32>>, String)> {
         if self.windows == 0 || self.ctx < 2 {
@@ -83,7 +96,7 @@ impl Source {
             let mut progress = |s: Step<'_>| bar.update(s.stage, s.done as u64, s.total as u64);
             let (n, ctx, seed) = (self.windows, self.ctx, self.seed);
             let windows = sample_windows_from(&loaded.model, loaded.bos(), n, ctx, seed, &mut progress)?;
-            return Ok((windows, format!("sampled by the model itself, seed {seed}")));
+            return Ok((windows, self.name()));
         };
         let ids = loaded.tokenizer.encode(&read_text(path)?, false)?;
         let need = self.windows * self.ctx;
@@ -98,7 +111,7 @@ impl Source {
         if let Some(bos) = loaded.bos() {
             windows.iter_mut().for_each(|w| w[0] = bos);
         }
-        Ok((windows, path.file_name().unwrap_or_default().to_string_lossy().into_owned()))
+        Ok((windows, self.name()))
     }
 }
 

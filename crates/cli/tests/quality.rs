@@ -5,6 +5,7 @@ use std::process::{Command, Output};
 use serde_json::Value;
 
 const TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/station.txt");
+const CODE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/sdpa.py");
 const QUANTIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../quantizers/smollm2-135m.safetensors");
 
 fn kvquant(arguments: &[&str]) -> Output {
@@ -78,35 +79,56 @@ fn a_hidden_number_is_found_again() {
 fn the_report_is_made_again_in_short() {
     let folder = tempfile::tempdir().unwrap();
     let page = folder.path().join("quality.md");
-    let o = kvquant(&[
-        "ablate",
-        "smollm2-135m",
-        "--on",
-        TEXT,
-        "--quantizer",
-        QUANTIZER,
-        "--ctx",
-        "128",
-        "--eval-windows",
-        "1",
-        "--only",
-        "fp16,mix3+sink1,sim:q4_0",
-        "--lengths",
-        "150",
-        "--depths",
-        "50",
-        "--generate",
-        "4",
-        "-o",
-        page.to_str().unwrap(),
-    ]);
+    let parts = folder.path().join("parts.json");
+    let by_hand = "\n<!-- By hand from here on: `kvquant ablate` keeps it. -->\n\n## What no table says\n";
+    std::fs::write(&page, format!("an old page{by_hand}")).unwrap();
+    let make = || {
+        kvquant(&[
+            "ablate",
+            "smollm2-135m",
+            "--on",
+            TEXT,
+            "--quantizer",
+            QUANTIZER,
+            "--ctx",
+            "128",
+            "--eval-windows",
+            "1",
+            "--only",
+            "fp16,mix3+sink1,sim:q4_0",
+            "--lengths",
+            "150",
+            "--depths",
+            "50",
+            "--generate",
+            "4",
+            "--other",
+            CODE,
+            "--contexts",
+            "192",
+            "--parts",
+            parts.to_str().unwrap(),
+            "-o",
+            page.to_str().unwrap(),
+        ])
+    };
+    let o = make();
     assert!(o.status.success(), "{}", String::from_utf8_lossy(&o.stderr));
     let text = std::fs::read_to_string(&page).unwrap();
+    let again = make();
+    assert!(again.status.success() && std::fs::read_to_string(&page).unwrap() == text, "parts are taken up again");
     for part in [
         "--quantizer smollm2-135m.safetensors --ctx 128",
         "--only 'fp16,mix3+sink1,sim:q4_0'",
         "(quality.svg)",
-        "## Widths",
+        "## Fixed widths",
+        "## What no table says",
+        "## Calibration text against test text",
+        "| station.txt |",
+        "| sdpa.py |",
+        "## Windows of 192 tokens",
+        "(quality-passkey.svg)",
+        "(quality-multikey.svg)",
         "## Other programs' formats, simulated",
         "| sim:q4_0",
         "## Greedy continuations",
@@ -116,9 +138,13 @@ fn the_report_is_made_again_in_short() {
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
+    assert!(text.ends_with(by_hand) && !text.contains("an old page"), "{text}");
     assert!(!text.contains("## Codebooks"), "tables without a cache are left out: {text}");
     let plot = std::fs::read_to_string(folder.path().join("quality.svg")).unwrap();
     assert!(plot.contains("sim:q4_0") && plot.contains("mix3+sink1"), "{plot}");
+    for map in ["quality-passkey.svg", "quality-multikey.svg"] {
+        assert!(std::fs::read_to_string(folder.path().join(map)).unwrap().contains("mix3+sink1"), "{map}");
+    }
 }
 
 #[test]

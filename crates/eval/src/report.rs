@@ -67,6 +67,7 @@ impl Report {
             "bits",
             "at ∞",
             "bytes/token",
+            "fit",
             "perplexity",
             "change",
             "mean KLD",
@@ -81,6 +82,7 @@ impl Report {
                 format!("{:.2}", r.bits_per_element),
                 r.bits_at_infinity.map_or("-".into(), |bits| format!("{bits:.2}")),
                 format!("{:.0}", r.cache_bytes_per_token),
+                if r.quantizer_bytes == 0 { "-".into() } else { megabytes(r.quantizer_bytes) },
                 format!("{:.3}", r.ppl),
                 format!("{:+.2} %", 100.0 * r.ppl_delta),
                 format!("{:.4}", r.kld_mean),
@@ -91,6 +93,11 @@ impl Report {
         }));
         table(&rows)
     }
+}
+
+/// `1.25 MB`; the fits of a plain codebook are a few kilobytes.
+fn megabytes(n: usize) -> String {
+    format!("{:.2} MB", n as f64 / 1e6)
 }
 
 /// Rows of as many cells each, the first row the head; all but the first column are aligned to the right.
