@@ -129,7 +129,7 @@ pub fn run() {
             // The head sees the last token only.
             let operations = 2.0 * (n * layers * layer + head);
             // Four products, and what lies between them and around attention.
-            let launches = layers * 13.0 * LAUNCH;
+            let launches = layers * 12.0 * LAUNCH;
             let first = [format!("{}, {n}", s.name), format!("{bytes:.2e}"), format!("{operations:.2e}")];
             let reached = floor(&CARDS[0], bytes / 0.9, operations / 0.7);
             row(first.into_iter().chain(both(bytes, operations)).chain([micro(reached.max(launches))]).collect());
