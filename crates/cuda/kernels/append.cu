@@ -15,23 +15,54 @@ struct Range {
 #define RANGE_THREADS (CHANNELS >= 4096 ? 1024 : CHANNELS >= 2048 || DIM == 256 ? 512 : 256)
 #define EACH ((CHANNELS + RANGE_THREADS - 1) / RANGE_THREADS)
 
-// The channel of the n-th entry (from 1) that a thread flags, in order of channels; -1 for n = 0.
-FN int nth_flagged(u32 flags, u32 n, u32* shared, int* found) {
-  const u32 lane = lane_id(), warp = threadIdx.x / 32, mine = __popc(flags);
+// A thread's entries: their places in order, and which there are.
+struct Entries {
+  u32 rank[EACH];
+  u32 real;
+};
+FN u32 channel_of(int i) { return threadIdx.x * EACH + i; }
+FN float value_of(u32 rank) { return __uint_as_float(rank >> 31 ? rank & 0x7fffffff : ~rank); }
+
+FN u32 least_of(u32 x) { return __reduce_min_sync(WARP, x); }
+FN u32 most_of(u32 x) { return __reduce_max_sync(WARP, x); }
+
+// The smallest and the greatest rank among the flagged entries of all threads.
+FN uint2 ends_of(const Entries& e, u32 flags) {
+  __shared__ uint2 ends[RANGE_THREADS / 32];
+  const u32 lane = lane_id();
+  u32 least = 0xffffffffu, most = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+    if (flags >> i & 1) least = min(least, e.rank[i]), most = max(most, e.rank[i]);
+  least = least_of(least), most = most_of(most);
+  if (lane == 0) ends[threadIdx.x / 32] = make_uint2(least, most);
+  __syncthreads();
+  const uint2 all = lane < RANGE_THREADS / 32 ? ends[lane] : make_uint2(0xffffffffu, 0);
+  return make_uint2(least_of(all.x), most_of(all.y));
+}
+
+// The sum of what lanes before this one have.
+FN u32 sum_before(u32 mine) {
   u32 before = mine;
   for (int i = 1; i < 32; i *= 2) {
     u32 other = __shfl_up_sync(WARP, before, i);
-    if (lane >= i) before += other;
+    if (lane_id() >= i) before += other;
   }
-  if (lane == 31) shared[warp] = before;
+  return before - mine;
+}
+
+// The channel of the n-th entry (from 1) that a thread flags, in order of channels; -1 for n = 0.
+FN int nth_flagged(u32 flags, u32 n, u32* shared, int* found) {
+  const u32 warp = threadIdx.x / 32, mine = __popc(flags);
+  u32 before = sum_before(mine);
+  if (lane_id() == 31) shared[warp] = before + mine;
   if (threadIdx.x == 0) *found = -1;
   __syncthreads();
-  before -= mine;
   for (u32 i = 0; i < warp; i++) before += shared[i];
   if (n > before && n <= before + mine) {
     u32 left = n - before;
     for (int i = 0; i < EACH; i++)
-      if (flags >> i & 1 && --left == 0) *found = (int)(threadIdx.x * EACH + i);
+      if (flags >> i & 1 && --left == 0) *found = (int)channel_of(i);
   }
   __syncthreads();
   const int at = *found;
@@ -39,113 +70,169 @@ FN int nth_flagged(u32 flags, u32 n, u32* shared, int* found) {
   return at;
 }
 
-// The range of a token's values x, by all threads of a block.
-FN Range find_range(const float* x, u32 extremes, u32* status) {
-  static_assert(EACH <= 32, "flags of a thread fit a word");
+// For any entries: a byte of their ranks at a time. Sets the outliers of a range; the ends of what is left.
+FN uint2 find_by_bytes(const Entries& e, u32 extremes, Range& r) {
   __shared__ u32 counts[2][256];
   __shared__ uint2 chosen[2];
   __shared__ u32 twice;
-  __shared__ float ends[2][RANGE_THREADS / 32];
   __shared__ int found;
-  __shared__ Range result;
   const u32 lane = lane_id(), warp = threadIdx.x / 32;
-  u32 rank[EACH];
-  u32 real = 0;
-#pragma unroll
-  for (int i = 0; i < EACH; i++) {
-    const u32 c = threadIdx.x * EACH + i;
-    const float v = c < CHANNELS ? x[c] : 0;
-    if (c < CHANNELS) real |= 1u << i;
-    if (!(fabsf(v) <= 65504.0f)) atomicMax(status, 1u);
-    rank[i] = rank_of(v);
-  }
-  Range r = {0, 0xffffffffu, -1, -1, 0};
-  u32 low = 0, high = 0;
-  if (extremes) {
-    // The n-th smallest rank, and of the reversed ranks the n-th smallest, a byte at a time; n counts on among equal ones.
-    u32 at[2] = {0, 0}, n[2] = {extremes, extremes};
+  // The n-th smallest rank, and of the reversed ranks the n-th smallest; n counts on among equal ones.
+  u32 at[2] = {0, 0}, n[2] = {extremes, extremes}, low = 0, high = 0;
 #pragma unroll 1
-    for (int shift = 24; shift >= 0; shift -= 8) {
-      for (u32 i = threadIdx.x; i < 512; i += RANGE_THREADS) ((u32*)counts)[i] = 0;
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < EACH; i++)
-#pragma unroll
-        for (int side = 0; side < 2; side++) {
-          const u32 y = side ? ~rank[i] : rank[i];
-          // First bytes are counted once for both sides.
-          if (real >> i & 1 && (shift < 24 || side == 0) && (u64)(y ^ at[side]) >> (shift + 8) == 0) atomicAdd(&counts[side][y >> shift & 255], 1u);
-        }
-      __syncthreads();
-      if (warp < 2) {
-        auto count = [&](u32 i) { return warp && shift == 24 ? counts[0][255 - i] : counts[warp][i]; };
-        u32 mine = 0;
-        for (int i = 0; i < 8; i++) mine += count(lane * 8 + i);
-        u32 before = mine;
-        for (int i = 1; i < 32; i *= 2) {
-          u32 other = __shfl_up_sync(WARP, before, i);
-          if (lane >= i) before += other;
-        }
-        before -= mine;
-        const u32 want = warp ? n[1] : n[0];
-        if (before < want && want <= before + mine) {
-          u32 i = lane * 8;
-          while (before + count(i) < want) before += count(i++);
-          chosen[warp] = make_uint2(i, want - before);
-        }
-      }
-      __syncthreads();
-#pragma unroll
-      for (int side = 0; side < 2; side++) at[side] |= chosen[side].x << shift, n[side] = chosen[side].y;
-    }
-    r.low = at[0], r.high = ~at[1];
-    if (threadIdx.x == 0) twice = 0;
-    u32 same = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < 512; i += RANGE_THREADS) ((u32*)counts)[i] = 0;
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < EACH; i++)
-      if (real >> i & 1 && rank[i] == r.low) same |= 1u << i;
-    r.low_at = nth_flagged(same, n[0], counts[0], &found);
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      const int c = threadIdx.x * EACH + i;
-      if (real >> i & 1 && (rank[i] < r.low || (rank[i] == r.low && c <= r.low_at))) low |= 1u << i;
-    }
-    // Entries above `high` that are low outliers exist only where nearly all are outliers.
-    u32 both = 0;
-    same = 0;
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      both += (low >> i & 1) && rank[i] > r.high;
-      if (real >> i & 1 && !(low >> i & 1) && rank[i] == r.high) same |= 1u << i;
-    }
-    if (both) atomicAdd(&twice, both);
+      for (int side = 0; side < 2; side++) {
+        const u32 y = side ? ~e.rank[i] : e.rank[i];
+        if (e.real >> i & 1 && (u64)(y ^ at[side]) >> (shift + 8) == 0) atomicAdd(&counts[side][y >> shift & 255], 1u);
+      }
     __syncthreads();
-    r.high_at = nth_flagged(same, n[1] + twice, counts[0], &found);
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      const int c = threadIdx.x * EACH + i;
-      if (real >> i & 1 && !(low >> i & 1) && (rank[i] > r.high || (rank[i] == r.high && c <= r.high_at))) high |= 1u << i;
+    if (warp < 2) {
+      u32 mine = 0;
+      for (int i = 0; i < 8; i++) mine += counts[warp][lane * 8 + i];
+      u32 before = sum_before(mine);
+      const u32 want = warp ? n[1] : n[0];
+      if (before < want && want <= before + mine) {
+        u32 i = lane * 8;
+        while (before + counts[warp][i] < want) before += counts[warp][i++];
+        chosen[warp] = make_uint2(i, want - before);
+      }
     }
+    __syncthreads();
+#pragma unroll
+    for (int side = 0; side < 2; side++) at[side] |= chosen[side].x << shift, n[side] = chosen[side].y;
   }
-  float least = __int_as_float(0x7f800000), most = -least;
+  r.low = at[0], r.high = ~at[1];
+  if (threadIdx.x == 0) twice = 0;
+  u32 same = 0;
 #pragma unroll
   for (int i = 0; i < EACH; i++)
-    if (real & ~low & ~high & 1u << i) {
-      const float v = x[threadIdx.x * EACH + i];
-      least = fminf(least, v), most = fmaxf(most, v);
-    }
-  most = warp_max(most), least = -warp_max(-least);
-  if (lane == 0) ends[0][warp] = least, ends[1][warp] = most;
+    if (e.real >> i & 1 && e.rank[i] == r.low) same |= 1u << i;
+  r.low_at = nth_flagged(same, n[0], counts[0], &found);
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+    if (e.real >> i & 1 && (e.rank[i] < r.low || (e.rank[i] == r.low && (int)channel_of(i) <= r.low_at))) low |= 1u << i;
+  // Entries above `high` that are low outliers exist only where nearly all are outliers.
+  u32 both = 0;
+  same = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    both += (low >> i & 1) && e.rank[i] > r.high;
+    if (e.real >> i & 1 && !(low >> i & 1) && e.rank[i] == r.high) same |= 1u << i;
+  }
+  if (both) atomicAdd(&twice, both);
   __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int i = 1; i < RANGE_THREADS / 32; i++) least = fminf(least, ends[0][i]), most = fmaxf(most, ends[1][i]);
-    const u32 scale = float_half(__fsub_rn(__fmul_rn(most, 0.5f), __fmul_rn(least, 0.5f)));
-    const u32 zero = float_half(__fadd_rn(__fmul_rn(most, 0.5f), __fmul_rn(least, 0.5f)));
-    r.scale = scale | zero << 16;
-    result = r;
+  r.high_at = nth_flagged(same, n[1] + twice, counts[0], &found);
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+    if (e.real >> i & 1 && !(low >> i & 1) && (e.rank[i] > r.high || (e.rank[i] == r.high && (int)channel_of(i) <= r.high_at)))
+      high |= 1u << i;
+  return ends_of(e, e.real & ~low & ~high);
+}
+
+// The same where few entries lie about both limits, as is usual: bins of equal width between the ends, then the entries of
+// the bins with the last outlier and the next entry, in order. False, and nothing set, where it does not hold.
+#define BINS 512
+#define NEAR 128
+FN bool find_by_bins(const Entries& e, uint2 ends, u32 extremes, Range& r, uint2& left) {
+  __shared__ __align__(16) u32 counts[BINS];
+  __shared__ uint2 chosen[2];  // first bin | last bin << 16, entries beyond the first
+  __shared__ u64 near[2][NEAR];
+  __shared__ u32 found[2];
+  __shared__ uint2 last[2];
+  __shared__ u32 next[2];
+  const u32 lane = lane_id(), warp = threadIdx.x / 32;
+  if (2 * extremes + 2 > CHANNELS) return false;
+  for (u32 i = threadIdx.x; i < BINS; i += RANGE_THREADS) counts[i] = 0;
+  if (threadIdx.x < 2) found[threadIdx.x] = 0;
+  // Rounding keeps the order: no entry's bin is below a smaller entry's.
+  const float least = value_of(ends.x), per_bin = BINS / (value_of(ends.y) - least);
+  u32 bin[EACH];
+#pragma unroll
+  for (int i = 0; i < EACH; i++) bin[i] = min((u32)((value_of(e.rank[i]) - least) * per_bin), BINS - 1);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+    if (e.real >> i & 1) atomicAdd(&counts[bin[i]], 1u);
+  __syncthreads();
+  if (warp < 2) {
+    constexpr int OWN = BINS / 32;
+    u32 own[OWN], mine = 0;
+#pragma unroll
+    for (int i = 0; i < OWN; i += 4) {
+      const uint4 c = ((const uint4*)counts)[(warp ? BINS - OWN - lane * OWN + (OWN - 4 - i) : lane * OWN + i) / 4];
+      own[i] = warp ? c.w : c.x, own[i + 1] = warp ? c.z : c.y, own[i + 2] = warp ? c.y : c.z, own[i + 3] = warp ? c.x : c.w;
+      mine += c.x + c.y + c.z + c.w;
+    }
+    u32 before = sum_before(mine), first = BINS, second = BINS, beyond = 0;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      if (before < extremes && extremes <= before + own[i]) first = lane * OWN + i, beyond = before;
+      before += own[i];
+      if (second == BINS && before > extremes) second = lane * OWN + i;
+    }
+    first = least_of(first), second = least_of(second), beyond = most_of(beyond);
+    if (lane == 0) chosen[warp] = make_uint2(first | second << 16, beyond);
   }
   __syncthreads();
-  return result;
+  const u32 from[2] = {chosen[0].x & 0xffff, chosen[1].x & 0xffff}, to[2] = {chosen[0].x >> 16, chosen[1].x >> 16};
+  if (to[0] + to[1] >= BINS - 1) return false;
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+#pragma unroll
+    for (int side = 0; side < 2; side++) {
+      const u32 b = side ? BINS - 1 - bin[i] : bin[i];
+      if (e.real >> i & 1 && b >= from[side] && b <= to[side]) {
+        const u32 at = atomicAdd(&found[side], 1u);
+        if (at < NEAR) near[side][at] = (u64)(side ? ~e.rank[i] : e.rank[i]) << 32 | channel_of(i);
+      }
+    }
+  __syncthreads();
+  if (max(found[0], found[1]) > NEAR) return false;
+  if (warp < 2) {
+    const u32 n = found[warp], want = extremes - chosen[warp].y;
+    for (u32 i = lane; i < n; i += 32) {
+      const u64 mine = near[warp][i];
+      u32 before = 0;
+      for (u32 j = 0; j < n; j++) before += near[warp][j] < mine;
+      const u32 rank = warp ? ~(u32)(mine >> 32) : mine >> 32;
+      if (before + 1 == want) last[warp] = make_uint2(rank, (u32)mine);
+      if (before == want) next[warp] = rank;
+    }
+  }
+  __syncthreads();
+  r.low = last[0].x, r.low_at = (int)last[0].y, r.high = last[1].x, r.high_at = (int)last[1].y;
+  left = make_uint2(next[0], next[1]);
+  return true;
+}
+
+// The range of a token's values x, by all threads of a block.
+FN Range find_range(const float* x, u32 extremes, u32* status) {
+  static_assert(EACH <= 32, "flags of a thread fit a word");
+  Entries e;
+  e.real = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const float v = channel_of(i) < CHANNELS ? x[channel_of(i)] : 0;
+    if (channel_of(i) < CHANNELS) e.real |= 1u << i;
+    if (!(fabsf(v) <= 65504.0f)) atomicMax(status, 1u);
+    e.rank[i] = rank_of(v);
+  }
+  Range r = {0, 0xffffffffu, -1, -1, 0};
+  uint2 left = ends_of(e, e.real);
+  if (extremes && !find_by_bins(e, left, extremes, r, left)) left = find_by_bytes(e, extremes, r);
+  // Where nothing is left there is nothing to scale.
+  const bool none = left.x > left.y;
+  const float least = none ? __int_as_float(0x7f800000) : value_of(left.x), most = none ? -least : value_of(left.y);
+  const u32 scale = float_half(__fsub_rn(__fmul_rn(most, 0.5f), __fmul_rn(least, 0.5f)));
+  const u32 zero = float_half(__fadd_rn(__fmul_rn(most, 0.5f), __fmul_rn(least, 0.5f)));
+  r.scale = scale | zero << 16;
+  return r;
 }
 
 // grid: tokens
@@ -203,13 +290,13 @@ template <bool ONE> FN void append_block(const AppendArgs& a) {
     atomicMax(&greatest, bits & 0x7fff);
     if (at < OPEN_OUTLIERS) list[at] = outlier_word(c, t, bits);
   };
+  // Tiles 2 * warp and 2 * warp + 1.
+  u32 w[BITS];
+#pragma unroll
+  for (int i = 0; i < BITS; i++) w[i] = t0 && warp < DIM / 16 ? *(const u32*)(unit + word_byte(lane, warp * BITS + i)) : 0;
   Range only;
   if (ONE && side == 1) only = find_range(a.values, a.extremes, a.status);
   if (warp < DIM / 16) {
-    // Tiles 2 * warp and 2 * warp + 1.
-    u32 w[BITS];
-#pragma unroll
-    for (int i = 0; i < BITS; i++) w[i] = t0 ? *(const u32*)(unit + word_byte(lane, warp * BITS + i)) : 0;
     if (side == 0) {
       // 32 channels, of which this lane has 8, for 32 tokens, of which it has 4.
 #pragma unroll

@@ -11,7 +11,7 @@ use crate::device::{Arg, Buffer, Device};
 use crate::exact::{ExactCache, ExactDecode};
 use crate::layer::{BLOCK, Batch, History, Pool, Tables, Turns, append, turn_queries};
 use crate::modules::{Build, Source};
-use crate::prefill::Prefill;
+use crate::prefill::{Prefill, SECTION};
 use crate::synthetic::{NOISE_REACH, frequencies, quantizers};
 
 /// Heads of a model.
@@ -40,8 +40,6 @@ pub const SHAPES: [Shape; 3] = [
 const CHUNK: usize = 8192;
 /// Query rows of the prefill benches.
 const QUERIES: usize = 1024;
-/// Bytes of rows decoded at a time in the prefill benches: what the second-level cache of a large card holds.
-const SECTION: usize = 64 << 20;
 
 /// A time.
 #[derive(Debug, Clone, Serialize)]
@@ -310,12 +308,11 @@ fn coded(
     if plan.prefill {
         let (q, angles) = prefill_queries(device, s, tokens)?;
         let mut step = Prefill::new(device, &q, &angles, QUERIES, heads, s.kv_heads, s.dim)?;
-        let section = (SECTION / (2 * s.kv_heads * BLOCK * s.dim * 2)).max(1);
-        let rows = device.poisoned(2 * s.kv_heads * section * BLOCK * s.dim * 2)?;
+        let rows = device.poisoned(2 * s.kv_heads * SECTION * BLOCK * s.dim * 2)?;
         let Coded { tables, pool, histories, turns } = &layer;
         let seconds = device.time(5, 1, |i| {
             step.restart();
-            step.attend_coded(device, tables, pool, &histories[i % copies], turns, &rows, section, true)
+            step.attend_coded(device, tables, pool, &histories[i % copies], turns, &rows, SECTION, true)
         })?;
         add("prefill", seconds, bytes);
     }

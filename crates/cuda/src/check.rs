@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::CudaError;
-use crate::device::{Buffer, Device};
+use crate::device::{Buffer, Device, Queue};
 use crate::exact::{ExactCache, ExactDecode};
 use crate::layer::{BLOCK, Batch, DenseOut, History, Pool, Tables, Turns, append, append_exact, dense, turn_queries};
 use crate::prefill::Prefill;
@@ -229,7 +229,8 @@ fn check(
     let capacity = blocks * BLOCK;
     let floats = device.poisoned(2 * channels * capacity * 4)?;
     let record = device.upload(&long_history.record(&pool))?;
-    dense(device, &tables, &pool, (&long_history, &record), &turns, DenseOut::Floats(&floats), 0, blocks, capacity)?;
+    let out = DenseOut::Floats(&floats, 0);
+    dense(device, Queue::Main, &tables, &pool, (&long_history, &record), &turns, out, 0, blocks, capacity)?;
     let got = device.read::<f32>(&floats, 2 * channels * capacity)?;
     let mut wrong = 0usize;
     for (side, expected) in [&dense_keys, &dense_values].into_iter().enumerate() {

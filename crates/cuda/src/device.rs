@@ -25,7 +25,7 @@ pub struct Buffer {
 impl Buffer {
     /// Where it lies.
     pub(crate) fn at(&self) -> u64 {
-        // One stream does everything, so nothing needs to be waited for.
+        // The main stream orders all that uses a buffer: the side stream's work lies between two of its marks.
         self.slice.device_ptr(self.slice.stream()).0
     }
 
@@ -58,10 +58,21 @@ pub struct Info {
 pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    side: Arc<CudaStream>,
     modules: Modules,
     loaded: Mutex<HashMap<Build, HashMap<&'static str, CudaFunction>>>,
     info: Info,
 }
+
+/// A queue of work. What is in the side queue may run beside the main one's, where that leaves room on the card.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Queue {
+    Main,
+    Side,
+}
+
+/// A point in a queue, which the other one can wait for.
+pub(crate) struct Mark(CudaEvent);
 
 /// An argument of a kernel.
 #[derive(Debug, Clone, Copy)]
@@ -96,7 +107,7 @@ impl Device {
             return Err(CudaError::NoDevice { ordinal, count });
         }
         let context = CudaContext::new(ordinal).during("open the GPU")?;
-        // SAFETY: one stream does everything in order, so buffers need no events that order streams.
+        // SAFETY: the main stream does everything in order, but for work between its marks, so buffers need no events.
         unsafe { context.disable_event_tracking() };
         let number = |a| context.attribute(a).map(|n| n.max(0) as usize).during("ask for an attribute");
         let (major, minor) = context.compute_capability().during("ask for the compute capability")?;
@@ -116,8 +127,10 @@ impl Device {
             cache: number(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
             memory: context.total_mem().during("ask for the memory")?,
         };
-        let stream = context.new_stream().during("make a stream")?;
-        Ok(Device { context, stream, modules, loaded: Mutex::new(HashMap::new()), info })
+        let (last, first) = cudarc::driver::result::stream::get_priority_range().during("ask for priorities")?;
+        let stream = context.new_stream_with_priority(first).during("make a stream")?;
+        let side = context.new_stream_with_priority(last).during("make a stream")?;
+        Ok(Device { context, stream, side, modules, loaded: Mutex::new(HashMap::new()), info })
     }
 
     /// What the driver tells.
@@ -317,11 +330,44 @@ impl Device {
         shared: usize,
         args: &A,
     ) -> Result<(), CudaError> {
-        let mut builder = self.stream.launch_builder(f);
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_in(Queue::Main, f, grid, threads, shared, args) }
+    }
+
+    /// # Safety
+    /// As for [`launch_with`](Device::launch_with); in the side queue, also that marks order the kernel with all others that
+    /// use the same memory.
+    pub(crate) unsafe fn launch_in<A: DeviceRepr>(
+        &self,
+        queue: Queue,
+        f: &CudaFunction,
+        grid: [usize; 3],
+        threads: usize,
+        shared: usize,
+        args: &A,
+    ) -> Result<(), CudaError> {
+        let mut builder = self.queue(queue).launch_builder(f);
         builder.arg(args);
         // SAFETY: the caller's promise.
         unsafe { builder.launch(config(grid, threads, shared)) }.during("launch a kernel")?;
         Ok(())
+    }
+
+    fn queue(&self, queue: Queue) -> &Arc<CudaStream> {
+        match queue {
+            Queue::Main => &self.stream,
+            Queue::Side => &self.side,
+        }
+    }
+
+    /// Where a queue's work ends now.
+    pub(crate) fn mark(&self, queue: Queue) -> Result<Mark, CudaError> {
+        self.queue(queue).record_event(None).map(Mark).during("record an event")
+    }
+
+    /// What comes into a queue from now on begins after a mark.
+    pub(crate) fn after(&self, queue: Queue, mark: &Mark) -> Result<(), CudaError> {
+        self.queue(queue).wait(&mark.0).during("wait for an event")
     }
 
     fn event(&self) -> Result<CudaEvent, CudaError> {

@@ -4,10 +4,13 @@
 use cudarc::driver::DeviceRepr;
 
 use crate::CudaError;
-use crate::device::{Buffer, Device};
+use crate::device::{Buffer, Device, Queue};
 use crate::exact::ExactCache;
 use crate::layer::{BLOCK, DenseOut, History, Pool, Rows, Tables, Turns, dense, query_scale, store_rows};
 use crate::modules::{Build, Source};
+
+/// Blocks that there is room for as rows: one half of the room is decoded while the other is attended to.
+pub(crate) const SECTION: usize = 256;
 
 /// Query rows of a prefill step and their states.
 pub struct Prefill {
@@ -31,7 +34,8 @@ unsafe impl DeviceRepr for PrefillArgs {}
 
 /// Rows that keys and values are read from.
 struct Section<'a> {
-    rows: &'a Buffer,
+    /// In a buffer from a byte on.
+    rows: (&'a Buffer, usize),
     keys: usize,
     capacity: usize,
     /// Keys that query 0 sees, each later one one more; negative where the first queries see none.
@@ -100,7 +104,8 @@ impl Prefill {
     }
 
     fn section(&mut self, device: &Device, s: &Section<'_>, last: bool) -> Result<(), CudaError> {
-        if s.rows.bytes() < 2 * self.kv_heads * s.capacity * self.dim * 2 || s.keys > s.capacity {
+        let (rows, from) = s.rows;
+        if rows.bytes() < from + 2 * self.kv_heads * s.capacity * self.dim * 2 || s.keys > s.capacity {
             return Err(CudaError::Append { problem: "fewer rows than keys" });
         }
         // Queries, and keys and values twice.
@@ -109,7 +114,7 @@ impl Prefill {
         let f = device.function(&Build::plain(Source::Prefill, self.dim), "prefill", shared)?;
         let n = |x: usize| x as u32;
         let args = PrefillArgs {
-            pointers: [self.q.at(), s.rows.at(), self.out.at(), self.sums.at()],
+            pointers: [self.q.at(), rows.at() + from as u64, self.out.at(), self.sums.at()],
             numbers: [
                 n(self.queries),
                 n(self.queries),
@@ -141,11 +146,11 @@ impl Prefill {
         last: bool,
     ) -> Result<(), CudaError> {
         let visible = if causal { cache.tokens as isize + 1 - self.queries as isize } else { cache.tokens as isize };
-        let s = Section { rows: &cache.rows, keys: cache.tokens, capacity: cache.capacity, visible };
+        let s = Section { rows: (&cache.rows, 0), keys: cache.tokens, capacity: cache.capacity, visible };
         self.section(device, &s, last)
     }
 
-    /// Attends to all of a compressed history, through `rows`, a buffer for `blocks` blocks at a time.
+    /// Attends to all of a compressed history, through `rows`, room for `blocks` blocks.
     ///
     /// # Errors
     /// The card fails.
@@ -181,19 +186,33 @@ impl Prefill {
         let (exact, exact_rows, exact_capacity) = history.exact();
         let tokens = history.coded();
         if exact_rows > 0 {
-            let s = Section { rows: exact, keys: exact_rows, capacity: exact_capacity, visible: seen as isize };
+            let s = Section { rows: (exact, 0), keys: exact_rows, capacity: exact_capacity, visible: seen as isize };
             self.section(device, &s, last && tokens == 0)?;
         }
-        let all = tokens.div_ceil(BLOCK);
         let record = device.upload(&history.record(pool))?;
-        for first in (0..all).step_by(blocks) {
-            let n = blocks.min(all - first);
-            dense(device, tables, pool, (history, &record), turns, DenseOut::Halves(rows), first, n, blocks * BLOCK)?;
-            let keys = (tokens - first * BLOCK).min(n * BLOCK);
-            let visible = seen as isize - (exact_rows + first * BLOCK) as isize;
-            let s = Section { rows, keys, capacity: blocks * BLOCK, visible };
-            self.section(device, &s, last && first + n == all)?;
-        }
-        Ok(())
+        let half = (blocks / 2).max(1);
+        let all = tokens.div_ceil(BLOCK);
+        let bytes = if all <= half { 0 } else { 2 * tables.channels() * half * BLOCK * 2 };
+        // Blocks are decoded beside the attention to those before, on what it leaves free.
+        let mut attended = vec![device.mark(Queue::Main)?];
+        let mut sections = || -> Result<(), CudaError> {
+            for (i, first) in (0..all).step_by(half).enumerate() {
+                let (n, from) = (half.min(all - first), i % 2 * bytes);
+                device.after(Queue::Side, &attended[i.saturating_sub(1)])?;
+                let out = DenseOut::Halves(rows, from);
+                dense(device, Queue::Side, tables, pool, (history, &record), turns, out, first, n, half * BLOCK)?;
+                device.after(Queue::Main, &device.mark(Queue::Side)?)?;
+                let keys = (tokens - first * BLOCK).min(n * BLOCK);
+                let visible = seen as isize - (exact_rows + first * BLOCK) as isize;
+                let s = Section { rows: (rows, from), keys, capacity: half * BLOCK, visible };
+                self.section(device, &s, last && first + n == all)?;
+                attended.push(device.mark(Queue::Main)?);
+            }
+            Ok(())
+        };
+        let done = sections();
+        // Whatever comes next, buffers that go back to the card among it, comes after the side queue's work.
+        device.after(Queue::Main, &device.mark(Queue::Side)?)?;
+        done
     }
 }

@@ -12,11 +12,10 @@ use crate::device::{Buffer, Device};
 use crate::exact::{ExactCache, ExactDecode};
 use crate::layer::{BLOCK, DecodeStep, History, Pool, Tables, Turns, append_exact, append_from};
 use crate::pool::{RECORD_BYTES, most_outliers};
+use crate::prefill::SECTION;
 
 /// Tokens that are quantized by one call of the kernels.
 const CHUNK: usize = 4096;
-/// Blocks that prefill decodes at a time.
-pub(super) const SECTION: usize = 128;
 /// Tokens that a cache has room for at first; it doubles.
 const ROOM: usize = 1024;
 

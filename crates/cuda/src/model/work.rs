@@ -1,13 +1,12 @@
 //! What a forward pass works in: buffers for so many rows, kept from pass to pass.
 
 use super::GpuModel;
-use super::history::SECTION;
 use super::rows::Widths;
 use crate::CudaError;
 use crate::device::Buffer;
 use crate::exact::ExactCache;
 use crate::layer::BLOCK;
-use crate::prefill::Prefill;
+use crate::prefill::{Prefill, SECTION};
 
 pub(super) struct Work {
     /// Rows that there is room for.
