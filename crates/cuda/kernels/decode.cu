@@ -7,8 +7,8 @@
 //   turned    the first TURNED slabs: signposts -> halves -> * scale + zero -> turned by j -> mma with fp16 queries
 //   series    slow pairs, for one query head: not turned (series.cuh)
 //
-// Values:   signposts -> integer mma with weights of 16 bits, whose greatest in a block is 65,504; sums are scaled back
-//           block by block. A value's scale multiplies its weight, its zero point a sum.
+// Values:   signposts -> integer mma with weights of 16 bits, which reach 65,504 where the likeliest token of a block has the
+//           greatest scale; sums are scaled back block by block. A value's scale multiplies its weight, its zero point a sum.
 // Outliers: one lane each, added as integers (shared memory adds those in one instruction) under a power of two that
 //           no sum of the unit can overflow.
 
@@ -21,7 +21,8 @@
 #define REACH (QUERIES + GROUP * DIM * 4)
 #define POSTS (REACH + 32)
 #define BASIS (POSTS + 32)
-#define COLUMNS (BASIS + (SERIES ? 2048 : 0))
+#define TERM_TABLE (BASIS + (SERIES ? 2048 : 0))
+#define COLUMNS (TERM_TABLE + (SERIES ? TERMS * DIM * 2 : 0))
 #define WARP_PARTS (COLUMNS + SERIES * 6 * 512)
 // of a warp
 #define NEAR_OUTLIERS 128
@@ -79,6 +80,17 @@ FN void load_words(u32* w, const u8* codes, int quad, u32 lane) {
   }
 }
 
+// What a warp does with each outlier that it has copied: most blocks have up to 96, whose loads need not wait for each other.
+template <class Add> FN void each_near(const u32* list, u32 count, u32 lane, Add add) {
+  u32 e[3];
+#pragma unroll
+  for (u32 j = 0; j < 3; j++) e[j] = list[lane + 32 * j];
+#pragma unroll
+  for (u32 j = 0; j < 3; j++)
+    if (lane + 32 * j < count) add(e[j]);
+  if (lane + 96 < min(count, NEAR_OUTLIERS)) add(list[lane + 96]);
+}
+
 // A warp's copy of some bytes, in pieces of 16.
 FN void fetch(u8* to, const void* from, u32 bytes, u32 lane) {
   for (u32 i = lane * 16; i < bytes; i += 512) copy16(to + i, (const u8*)from + i);
@@ -99,6 +111,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   fetch_table(PLACES, a.places, DIM * 128);
   fetch_table(UNITS_SZ, a.units + kv_head * (DIM / 4), DIM * 4);
   fetch_table(QUERIES, a.q + ((u64)seq * a.heads + first_head) * DIM, GROUP * DIM * 4);
+#if SERIES
+  fetch_table(BASIS, a.basis, 2048);
+  fetch_table(TERM_TABLE, a.series, TERMS * DIM * 2);
+#endif
   copy_commit();
   if (threadIdx.x < (1 << BITS) / 4) {
     ((u32*)(shared + POSTS))[threadIdx.x] = a.key_posts[threadIdx.x];
@@ -130,10 +146,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   const u32 from = min(s.blocks, split * each) + warp, to = min(s.blocks, split * each + each);
   uint4 next = make_uint4(0, 0, 0, 0);
   const u8* block_next = a.pool;
+  // The table is read a block further ahead, so that no header waits for where it lies.
+  u32 entry = from < to ? s.table[from] : 0;
   auto look_ahead = [&](u32 b) {
     if (b < to) {
-      block_next = a.pool + s.table[b] * stride;
+      block_next = a.pool + entry * stride;
       next = *(const uint4*)(block_next + header_from);
+      if (b + WARPS < to) entry = s.table[b + WARPS];
     }
   };
   // Keys and values of the next block, a group of copies each.
@@ -168,13 +187,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
     // No turn makes a channel of a pair greater than this.
     float reach = 0;
     const float2* q = (const float2*)(shared + QUERIES) + h * (DIM / 2);
-    for (u32 i = lane; i < DIM / 2; i += 32) reach += 2 * sqrtf(q[i].x * q[i].x + q[i].y * q[i].y);
+    for (u32 i = lane; i < DIM / 2; i += 32) reach += 2 * root(q[i].x * q[i].x + q[i].y * q[i].y);
     reach = warp_sum(reach);
     if (lane == 0) ((float*)(shared + REACH))[h] = reach;
   }
 #if SERIES
   prepare_columns((float4*)(shared + COLUMNS), (float4*)(shared + BASIS), (const float*)(shared + QUERIES),
-                  (const u16*)(shared + UNITS_SZ), a.series, a.basis);
+                  (const u16*)(shared + UNITS_SZ), (const float*)(shared + TERM_TABLE));
 #endif
   __syncthreads();
 
@@ -334,8 +353,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
           atomicAdd(&key_sums[h * 64 + outlier_token(e)], rounded(x * key_scale[h]));
         }
       };
-#pragma unroll 2
-      for (u32 i = lane; i < min(count_of(now, 0), NEAR_OUTLIERS); i += 32) add(((const u32*)(own + KEY_OUTLIERS))[i]);
+      each_near((const u32*)(own + KEY_OUTLIERS), count_of(now, 0), lane, add);
 #pragma unroll 1
       for (u32 i = NEAR_OUTLIERS + lane; i < count_of(now, 0); i += 32) add(outliers_of(s, start_of(now, 0))[i]);
     }
@@ -348,6 +366,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
     const bool in0 = place < len, in1 = place + 8 < len;
     const float scale0 = in0 ? low_float(sz0) : 0, scale1 = in1 ? low_float(sz1) : 0;
     const float zero0 = in0 ? high_float(sz0) : 0, zero1 = in1 ? high_float(sz1) : 0;
+    // The greatest weight is at most the greatest scale, which needs no scores. Scales are not negative: their bits have their order.
+    const float most = __uint_as_float(__reduce_max_sync(WARP, __float_as_uint(fmaxf(scale0, scale1))));
+    const float steps = most > 0 ? __fdividef(65504.0f, most) : 0, unit = most * (a.value_step / 65504.0f);
     float old_factor[GROUP], new_factor[GROUP], value_factor[GROUP];
     bool moved = false;
 #pragma unroll
@@ -362,17 +383,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
       const float x1 = in1 ? d1 + key_sums[h * 64 + place + 8] * unscale : NONE;
       const float here = warp_max_ordered(fmaxf(x0, x1)), m = fmaxf(top[h], here);
       const float p0 = in0 ? power2(x0 - here) : 0, p1 = in1 ? power2(x1 - here) : 0;
-      const float w0 = p0 * scale0, w1 = p1 * scale1, most = warp_max_ordered(fmaxf(w0, w1));
-      const float steps = most > 0 ? __fdividef(65504.0f, most) : 0;
       old_factor[h] = power2(top[h] - m), new_factor[h] = power2(here - m);
-      value_factor[h] = new_factor[h] * most * (a.value_step / 65504.0f);
+      value_factor[h] = new_factor[h] * unit;
       moved |= m != top[h];
       top[h] = m;
       sum[h] = fmaf(sum[h], old_factor[h], new_factor[h] * (p0 + p1));
       zeros[h] = fmaf(zeros[h], old_factor[h], new_factor[h] * (p0 * zero0 + p1 * zero1));
       // The mantissa ends in the integer: 2^23.
-      weights[h * 64 + place] = (u16)__float_as_uint(fmaf(w0, steps, 8388608.0f));
-      weights[h * 64 + place + 8] = (u16)__float_as_uint(fmaf(w1, steps, 8388608.0f));
+      weights[h * 64 + place] = (u16)__float_as_uint(fmaf(p0, scale0 * steps, 8388608.0f));
+      weights[h * 64 + place + 8] = (u16)__float_as_uint(fmaf(p1, scale1 * steps, 8388608.0f));
       if (count_of(now, 1)) scores[h * 64 + place] = p0 * new_factor[h], scores[h * 64 + place + 8] = p1 * new_factor[h];
     }
     __syncwarp();
@@ -437,8 +456,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
         for (int h = 0; h < GROUP; h++)
           atomicAdd(&value_sums[h * DIM + outlier_place(e)], rounded(scores[h * 64 + outlier_token(e)] * r));
       };
-#pragma unroll 2
-      for (u32 i = lane; i < min(count_of(now, 1), NEAR_OUTLIERS); i += 32) add(((const u32*)(own + VALUE_OUTLIERS))[i]);
+      each_near((const u32*)(own + VALUE_OUTLIERS), count_of(now, 1), lane, add);
 #pragma unroll 1
       for (u32 i = NEAR_OUTLIERS + lane; i < count_of(now, 1); i += 32) add(outliers_of(s, start_of(now, 1))[i]);
     }

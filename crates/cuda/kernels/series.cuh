@@ -14,18 +14,20 @@
 //   column x = A cos + B sin, column y = C cos - D sin, its product with the zero points = U cos + W sin
 // of the angle of the block's middle.
 // `units` are halves: scales of x of two pairs, zeros, scales of y, zeros.
-FN void prepare_columns(float4* columns, float4* values, const float* q, const u16* units, const float* series, const float4* basis) {
+// The basis is there as it is, and becomes one of values.
+FN void prepare_columns(float4* columns, float4* basis, const float* q, const u16* units, const float* series) {
   auto unit = [&](u32 pair, u32 y, u32 zero) { return half_float(units[pair / 2 * 8 + y * 4 + zero * 2 + pair % 2]); };
   float most = 1e-30f, zeros = 0;
   for (u32 pair = TURNED * 16 + lane_id(); pair < DIM / 2; pair += 32) {
     const float x = q[2 * pair], y = q[2 * pair + 1];
-    const float size = sqrtf(x * x + y * y);
+    const float size = root(x * x + y * y);
     most = fmaxf(most, size * fmaxf(unit(pair, 0, 0), unit(pair, 1, 0)));
     zeros += size * (fabsf(unit(pair, 0, 1)) + fabsf(unit(pair, 1, 1)));
   }
   most = warp_max_ordered(most), zeros = warp_sum(zeros);
   // No coefficient of a term is above 1.17. What the zero points bring must leave room in 32 bits too.
-  const float step = fmaxf(most / (27000.0f * 128.0f), zeros / 8e8f), per_step = 1 / step, steps = per_step / 128.0f;
+  const float step = fmaxf(most * (1 / (27000.0f * 128.0f)), zeros * (1 / 8e8f));
+  const float per_step = __fdividef(1, step), steps = per_step * (1 / 128.0f);
   for (u32 i = threadIdx.x; i < SERIES * 6 * 32; i += blockDim.x) {
     const u32 lane = i % 32, part = i / 32 % 6, slab = TURNED + i / 192, term = lane / 4;
     // Parts 0 to 3 are A, B, C, D of a pair; 4 and 5 hold U, W of two pairs.
@@ -51,7 +53,7 @@ FN void prepare_columns(float4* columns, float4* values, const float* q, const u
   }
   for (u32 i = threadIdx.x; i < 128; i += blockDim.x) {
     const float4 b = basis[i];
-    values[i] = make_float4(b.x * step, b.y * step, b.z * step, b.w * step);
+    basis[i] = make_float4(b.x * step, b.y * step, b.z * step, b.w * step);
   }
 }
 

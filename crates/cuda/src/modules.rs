@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use crate::CudaError;
 use crate::nvrtc::Nvrtc;
+use crate::tables::TERMS;
 
 /// A file of kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -81,7 +82,7 @@ impl std::fmt::Display for Build {
 /// Shared memory of the decode kernel: common to a block of threads, and of each of its warps (kernels/decode.cu).
 fn decode_shared(bits: usize, dim: usize, group: usize, turned: usize) -> (usize, usize) {
     let (unit, series) = (dim * 8 * bits, dim / SLAB - turned);
-    let columns = if series > 0 { 2048 + series * 6 * 512 } else { 0 };
+    let columns = if series > 0 { 2048 + TERMS * dim * 2 + series * 6 * 512 } else { 0 };
     (
         turned * 4096 + dim * 128 + dim * 4 + group * dim * 4 + 64 + columns,
         2 * unit + 2 * 512 + dim * 4 + 256 + group * (256 + 256 + 128 + 6 * dim) + 64,

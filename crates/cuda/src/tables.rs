@@ -148,7 +148,7 @@ pub(crate) fn angles(frequencies: &[f64], position: f64) -> impl Iterator<Item =
 /// below 2e-3 of that pair's part of a score, and far below for the others of its slab.
 const SERIES_REACH: f64 = 3.3;
 /// Terms of a series.
-const TERMS: usize = 8;
+pub(crate) const TERMS: usize = 8;
 
 /// Chebyshev coefficients of cos(x u) (even terms) and sin(x u) (odd ones) for u in -1..1.
 fn series(x: f64) -> [f32; TERMS] {
