@@ -101,25 +101,27 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   const u32 lane = lane_id(), warp = threadIdx.x / 32, g = lane / 4, tq = lane % 4;
   const u32 kv_head = blockIdx.y / a.passes, split = blockIdx.x, seq = blockIdx.z;
   const u32 first_head = kv_head * a.passes * GROUP + blockIdx.y % a.passes * GROUP;
-  const Sequence s = a.sequences[seq];
+  let_next_start();
 
-  // Tables, on their way while the first blocks are found.
+  // Tables, on their way while the first blocks are found: nothing that a kernel writes.
   auto fetch_table = [&](u32 at, const void* from, u32 bytes) {
     for (u32 i = threadIdx.x * 16; i < bytes; i += WARPS * 512) copy16(shared + at + i, (const u8*)from + i);
   };
   fetch_table(TURN, a.turn, TURN_BYTES);
   fetch_table(PLACES, a.places, DIM * 128);
   fetch_table(UNITS_SZ, a.units + kv_head * (DIM / 4), DIM * 4);
-  fetch_table(QUERIES, a.q + ((u64)seq * a.heads + first_head) * DIM, GROUP * DIM * 4);
 #if SERIES
   fetch_table(BASIS, a.basis, 2048);
   fetch_table(TERM_TABLE, a.series, TERMS * DIM * 2);
 #endif
-  copy_commit();
   if (threadIdx.x < (1 << BITS) / 4) {
     ((u32*)(shared + POSTS))[threadIdx.x] = a.key_posts[threadIdx.x];
     ((u32*)(shared + POSTS + 16))[threadIdx.x] = a.value_posts[threadIdx.x];
   }
+  wait_for_former();
+  fetch_table(QUERIES, a.q + ((u64)seq * a.heads + first_head) * DIM, GROUP * DIM * 4);
+  copy_commit();
+  const Sequence s = a.sequences[seq];
   u8* const own = shared + WARP_PARTS + warp * WARP_BYTES;
   float* const scores = (float*)(own + SCORES);
   int* const key_sums = (int*)(own + KEY_SUMS);

@@ -67,6 +67,18 @@ FN void copy16(void* to, const void* from) {
 }
 FN void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> FN void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+// What comes next in the queue may take room on the card from now on, if the host allowed it; it must wait all the same.
+FN void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// All that came before in the queue is done and can be read.
+FN void wait_for_former() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 FN float warp_max(float x) {
   for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(WARP, x, i));
   return x;

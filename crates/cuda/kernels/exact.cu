@@ -20,6 +20,8 @@ struct ExactArgs {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, AT_A_TIME) exact_decode(const ExactArgs a) {
   __shared__ float results[WARPS][GROUP][DIM];
   __shared__ float states[WARPS][GROUP][2];
+  let_next_start();
+  wait_for_former();
   const u32 lane = lane_id(), warp = threadIdx.x / 32, part = lane % LANES, row = lane / LANES;
   const u32 kv_head = blockIdx.y / a.passes, split = blockIdx.x, seq = blockIdx.z;
   const u32 first_head = kv_head * a.passes * GROUP + blockIdx.y % a.passes * GROUP;

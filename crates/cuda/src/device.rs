@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use bytemuck::Pod;
 use cudarc::driver::sys::{
-    CUdevice_attribute_enum as Attribute, CUevent_flags_enum, CUfunction_attribute_enum, is_culib_present,
+    CUdevice_attribute_enum as Attribute, CUevent_flags_enum, CUfunction_attribute_enum, CUlaunchAttribute,
+    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, cuLaunchKernelEx, is_culib_present,
 };
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
@@ -351,6 +352,49 @@ impl Device {
         // SAFETY: the caller's promise.
         unsafe { builder.launch(config(grid, threads, shared)) }.during("launch a kernel")?;
         Ok(())
+    }
+
+    /// [`launch_with`](Device::launch_with), where the kernel may take room on the card as soon as the former one lets it: it
+    /// waits by itself before it uses what others write (kernels/device.cuh, `wait_for_former`).
+    ///
+    /// # Safety
+    /// As for `launch_with`.
+    pub(crate) unsafe fn launch_early<A: DeviceRepr>(
+        &self,
+        f: &CudaFunction,
+        grid: [usize; 3],
+        threads: usize,
+        shared: usize,
+        args: &A,
+    ) -> Result<(), CudaError> {
+        if self.info.capability.0 < 9 {
+            // SAFETY: the caller's promise.
+            return unsafe { self.launch_with(f, grid, threads, shared, args) };
+        }
+        self.bind()?;
+        let c = config(grid, threads, shared);
+        let mut early = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let launch = CUlaunchConfig {
+            gridDimX: c.grid_dim.0,
+            gridDimY: c.grid_dim.1,
+            gridDimZ: c.grid_dim.2,
+            blockDimX: c.block_dim.0,
+            blockDimY: c.block_dim.1,
+            blockDimZ: c.block_dim.2,
+            sharedMemBytes: c.shared_mem_bytes,
+            hStream: self.stream.cu_stream(),
+            attrs: &mut early,
+            numAttrs: 1,
+        };
+        let mut arguments = [std::ptr::from_ref(args).cast_mut().cast()];
+        // SAFETY: the caller's promise; the driver reads the configuration and the one argument during the call.
+        unsafe { cuLaunchKernelEx(&launch, f.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .during("launch a kernel")
     }
 
     fn queue(&self, queue: Queue) -> &Arc<CudaStream> {

@@ -122,7 +122,7 @@ impl ExactDecode {
         };
         let threads = 32 * warps(cache.dim, self.group);
         // SAFETY: the argument of `exact_decode`; it reads rows below `tokens` and writes the parts.
-        unsafe { device.launch_with(&f, [self.parts.splits, self.heads / self.group, 1], threads, 0, &args) }?;
+        unsafe { device.launch_early(&f, [self.parts.splits, self.heads / self.group, 1], threads, 0, &args) }?;
         self.parts.merge(device, out)
     }
 }

@@ -39,6 +39,15 @@ struct DecodeArgs {
 unsafe impl DeviceRepr for DecodeArgs {}
 
 #[repr(C)]
+struct MergeArgs {
+    pointers: [u64; 3],
+    splits: u32,
+    _end: u32,
+}
+// SAFETY: plain numbers in the order of kernels/merge.cu, whose structure ends in four bytes of padding.
+unsafe impl DeviceRepr for MergeArgs {}
+
+#[repr(C)]
 struct DenseArgs {
     pointers: [u64; 10],
     value_step: f32,
@@ -276,9 +285,9 @@ impl Parts {
     pub fn merge(&self, device: &Device, out: &Buffer) -> Result<(), CudaError> {
         let f = device.function(&Build::plain(Source::Merge, self.dim), "merge", 0)?;
         let args =
-            [Arg::Long(self.parts.at()), Arg::Long(self.sums.at()), Arg::Long(out.at()), Arg::Word(self.splits as u32)];
-        // SAFETY: the arguments of `merge`; `out` has rows * dim floats (callers within the crate), the rest is ours.
-        unsafe { device.launch(&f, [self.rows, 1, 1], self.dim, &args) }
+            MergeArgs { pointers: [self.parts.at(), self.sums.at(), out.at()], splits: self.splits as u32, _end: 0 };
+        // SAFETY: the argument of `merge`; `out` has rows * dim floats (callers within the crate), the rest is ours.
+        unsafe { device.launch_early(&f, [self.rows, 1, 1], self.dim, 0, &args) }
     }
 }
 
@@ -419,7 +428,7 @@ impl DecodeStep {
         let grid = [self.parts.splits, self.heads / shape.group, self.sequences];
         // SAFETY: the argument of `decode`; the records were made from this layer's histories, whose tables name blocks of
         // the pool; parts have room for every split.
-        unsafe { device.launch_with(&f, grid, shape.warps * 32, shape.shared, &args) }?;
+        unsafe { device.launch_early(&f, grid, shape.warps * 32, shape.shared, &args) }?;
         self.parts.merge(device, out)
     }
 }
