@@ -157,22 +157,27 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
       if (b + WARPS < to) entry = s.table[b + WARPS];
     }
   };
-  // Keys and values of the next block, a group of copies each.
+  // Keys and values of the next block, a group of copies each: codes as soon as those of this block are in registers, then
+  // its outliers.
   auto near_bytes = [](u32 count) { return min(count, NEAR_OUTLIERS) * 4; };
-  auto fetch_keys = [&](u32 b) {
+  auto fetch_key_codes = [&](u32 b) {
     if (b < to) {
       fetch(own + KEY_CODES, block_next + unit_at(kv_head, 0), UNIT_BYTES, lane);
       fetch(own + ANGLES, a.origins + (u64)b * (DIM / 4), DIM * 4, lane);
-      fetch(own + KEY_OUTLIERS, outliers_of(s, start_of(next, 0)), near_bytes(count_of(next, 0)), lane);
     }
+  };
+  auto fetch_key_outliers = [&](u32 b) {
+    if (b < to) fetch(own + KEY_OUTLIERS, outliers_of(s, start_of(next, 0)), near_bytes(count_of(next, 0)), lane);
     copy_commit();
   };
-  auto fetch_values = [&](u32 b) {
+  auto fetch_value_codes = [&](u32 b) {
     if (b < to) {
       fetch(own + VALUE_CODES, block_next + unit_at(kv_head, 1), UNIT_BYTES, lane);
       fetch(own + SCALES, block_next + scales_at(a.kv_heads), 256, lane);
-      fetch(own + VALUE_OUTLIERS, outliers_of(s, start_of(next, 1)), near_bytes(count_of(next, 1)), lane);
     }
+  };
+  auto fetch_value_outliers = [&](u32 b) {
+    if (b < to) fetch(own + VALUE_OUTLIERS, outliers_of(s, start_of(next, 1)), near_bytes(count_of(next, 1)), lane);
     copy_commit();
   };
   // All but the group that was asked for last.
@@ -181,8 +186,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
     __syncwarp();
   };
   look_ahead(from);
-  fetch_keys(from);
-  fetch_values(from);
+  fetch_key_codes(from);
+  fetch_key_outliers(from);
+  fetch_value_codes(from);
+  fetch_value_outliers(from);
   copy_wait<2>();
   __syncthreads();
   for (u32 h = warp; h < GROUP; h += WARPS) {
@@ -321,6 +328,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
       }
 #endif
     }
+    __syncwarp();
+    fetch_key_codes(b + WARPS);
 #if SERIES
     // Lanes of a row each take two tokens' sums.
     float mine[2];
@@ -360,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
       for (u32 i = NEAR_OUTLIERS + lane; i < count_of(now, 0); i += 32) add(outliers_of(s, start_of(now, 0))[i]);
     }
     __syncwarp();
-    fetch_keys(b + WARPS);
+    fetch_key_outliers(b + WARPS);
     wait();
 
     // Weights, under the block's own maximum.
@@ -449,6 +458,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
         }
       }
     }
+    __syncwarp();
+    fetch_value_codes(b + WARPS);
     // Outliers of values.
     {
       const float scale = exponent(20 - value_exponent);
@@ -463,7 +474,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
       for (u32 i = NEAR_OUTLIERS + lane; i < count_of(now, 1); i += 32) add(outliers_of(s, start_of(now, 1))[i]);
     }
     __syncwarp();
-    fetch_values(b + WARPS);
+    fetch_value_outliers(b + WARPS);
   }
   copy_wait<0>();
   __syncwarp();
