@@ -12,7 +12,7 @@ struct Range {
 };
 
 // Threads that look for a token's range.
-#define RANGE_THREADS (CHANNELS >= 4096 ? 1024 : CHANNELS >= 2048 || DIM == 256 ? 512 : 256)
+#define RANGE_THREADS (CHANNELS >= 2048 || DIM == 256 ? 512 : 256)
 #define EACH ((CHANNELS + RANGE_THREADS - 1) / RANGE_THREADS)
 
 // A thread's entries: their places in order, and which there are.
@@ -236,7 +236,7 @@ FN Range find_range(const float* x, u32 extremes, u32* status) {
 }
 
 // grid: tokens
-extern "C" __global__ void __launch_bounds__(RANGE_THREADS) ranges(const float* values, Range* out, u32 extremes, u32* status) {
+extern "C" __global__ void __launch_bounds__(RANGE_THREADS, 1) ranges(const float* values, Range* out, u32 extremes, u32* status) {
   const Range r = find_range(values + (u64)blockIdx.x * CHANNELS, extremes, status);
   if (threadIdx.x == 0) out[blockIdx.x] = r;
 }
@@ -374,7 +374,7 @@ template <bool ONE> FN void append_block(const AppendArgs& a) {
 }
 
 // grid: (blocks touched, kv_heads, 2), a warp for two tiles
-extern "C" __global__ void __launch_bounds__(DIM * 2) append(const AppendArgs a) { append_block<false>(a); }
+extern "C" __global__ void __launch_bounds__(DIM * 2, 1) append(const AppendArgs a) { append_block<false>(a); }
 
 // grid: (1, kv_heads, 2)
-extern "C" __global__ void __launch_bounds__(RANGE_THREADS) append_one(const AppendArgs a) { append_block<true>(a); }
+extern "C" __global__ void __launch_bounds__(RANGE_THREADS, 1) append_one(const AppendArgs a) { append_block<true>(a); }

@@ -12,90 +12,6 @@
 // Outliers: one lane each, added as integers (shared memory adds those in one instruction) under a power of two that
 //           no sum of the unit can overflow.
 
-#define SETS ((GROUP + 3) / 4)
-#define TURN_BYTES (TURNED * 4096)
-#define TURN 0
-#define PLACES (TURN + TURN_BYTES)
-#define UNITS_SZ (PLACES + DIM * 128)
-#define QUERIES (UNITS_SZ + DIM * 4)
-#define REACH (QUERIES + GROUP * DIM * 4)
-#define POSTS (REACH + 32)
-#define BASIS (POSTS + 32)
-#define TERM_TABLE (BASIS + (SERIES ? 2048 : 0))
-#define COLUMNS (TERM_TABLE + (SERIES ? TERMS * DIM * 2 : 0))
-#define WARP_PARTS (COLUMNS + SERIES * 6 * 512)
-// of a warp
-#define NEAR_OUTLIERS 128
-#define KEY_CODES 0
-#define KEY_OUTLIERS (KEY_CODES + UNIT_BYTES)
-#define ANGLES (KEY_OUTLIERS + NEAR_OUTLIERS * 4)
-#define VALUE_CODES (ANGLES + DIM * 4)
-#define SCALES (VALUE_CODES + UNIT_BYTES)
-#define VALUE_OUTLIERS (SCALES + 256)
-#define SCORES (VALUE_OUTLIERS + NEAR_OUTLIERS * 4)
-#define KEY_SUMS (SCORES + GROUP * 256)
-#define WEIGHTS (KEY_SUMS + GROUP * 256)
-#define VALUE_SUMS (WEIGHTS + GROUP * 128)
-#define LOCAL_QUERY (VALUE_SUMS + GROUP * DIM * 4)
-#define FACTORS (LOCAL_QUERY + GROUP * DIM * 2)
-#define WARP_BYTES (FACTORS + 64)
-static_assert(WARP_PARTS + WARPS * WARP_BYTES == SHARED, "the host counts as we do");
-static_assert(SERIES == 0 || GROUP == 1, "terms of one query head fill the columns of a product");
-
-struct DecodeArgs {
-  const u8* pool;
-  const Sequence* sequences;
-  const float* q;          // [sequences][heads][DIM], turned, times log2(e) / sqrt(DIM)
-  const float4* origins;   // [blocks][DIM / 4]: cos, sin, cos, sin of the middle of each block
-  const uint4* turn;       // [DIM / 16][4][32]: cos, sin of token g + 16 m, then of token g + 16 m + 8; two pairs each
-  const uint4* places;     // [DIM / 2][16]: cos, sin of 64 places, in fp16
-  const float* series;     // [TERMS][DIM / 2]: c_r(theta_i)
-  const float4* basis;     // [4][32]: T_r of token g + 16 m for r = 2 q, 2 q + 1, then of token g + 16 m + 8
-  const u32* key_posts;    // 2^BITS signposts
-  const u32* value_posts;
-  const uint4* units;      // [kv_heads][DIM / 4]: scale x, zero x, scale y, zero y; two pairs each; scales of 128 steps
-  float* out;              // [sequences][heads][splits][DIM]
-  float* sums;             // [sequences][heads][splits][2]: maximum, sum
-  float value_step;        // one step of a value's signpost
-  u32 heads, kv_heads, splits, passes;
-};
-
-// Parts of a block's header.
-FN u32 count_of(uint4 h, u32 side) { return (side ? h.w : h.y) & 0xffff; }
-FN u32 start_of(uint4 h, u32 side) { return side ? h.z : h.x; }
-FN float reach_of(uint4 h, u32 side) { return high_float(side ? h.w : h.y); }
-
-// Nearest integer of a number below 2^21.
-FN int rounded(float x) { return __float_as_int(x + 12582912.0f) - 0x4b400000; }
-
-// Where a channel's sum of outliers is.
-FN u32 place_of(u32 channel) { return channel / 2 + channel % 2 * (DIM / 2); }
-
-// Words of four times two tiles.
-FN void load_words(u32* w, const u8* codes, int quad, u32 lane) {
-#pragma unroll
-  for (int j = 0; j < BITS; j++) {
-    const uint4 v = *(const uint4*)(codes + (quad * BITS + j) * 512 + lane * 16);
-    w[4 * j] = v.x, w[4 * j + 1] = v.y, w[4 * j + 2] = v.z, w[4 * j + 3] = v.w;
-  }
-}
-
-// What a warp does with each outlier that it has copied: most blocks have up to 96, whose loads need not wait for each other.
-template <class Add> FN void each_near(const u32* list, u32 count, u32 lane, Add add) {
-  u32 e[3];
-#pragma unroll
-  for (u32 j = 0; j < 3; j++) e[j] = list[lane + 32 * j];
-#pragma unroll
-  for (u32 j = 0; j < 3; j++)
-    if (lane + 32 * j < count) add(e[j]);
-  if (lane + 96 < min(count, NEAR_OUTLIERS)) add(list[lane + 96]);
-}
-
-// A warp's copy of some bytes, in pieces of 16.
-FN void fetch(u8* to, const void* from, u32 bytes, u32 lane) {
-  for (u32 i = lane * 16; i < bytes; i += 512) copy16(to + i, (const u8*)from + i);
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeArgs a) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 lane = lane_id(), warp = threadIdx.x / 32, g = lane / 4, tq = lane % 4;
@@ -103,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   const u32 first_head = kv_head * a.passes * GROUP + blockIdx.y % a.passes * GROUP;
   let_next_start();
 
-  // Tables, on their way while the first blocks are found: nothing that a kernel writes.
+  // Tables, on their way while the first blocks are s: nothing that a kernel writes.
   auto fetch_table = [&](u32 at, const void* from, u32 bytes) {
     for (u32 i = threadIdx.x * 16; i < bytes; i += WARPS * 512) copy16(shared + at + i, (const u8*)from + i);
   };
@@ -128,7 +44,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   u16* const weights = (u16*)(own + WEIGHTS);
   int* const value_sums = (int*)(own + VALUE_SUMS);
   u32* const local = (u32*)(own + LOCAL_QUERY);
-  float* const factors = (float*)(own + FACTORS);
   const float* const queries = (const float*)(shared + QUERIES);
 
   // Of heads tq and 4 + tq: channels 16 i + g and 16 i + 8 + g.
@@ -143,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   for (u32 i = lane; i < GROUP * DIM; i += 32) value_sums[i] = 0;
   __syncwarp();
 
-  const u64 stride = block_bytes(a.kv_heads), header_from = header_at(a.kv_heads, kv_head);
+  const u32 stride = (u32)block_bytes(a.kv_heads), header_from = (u32)header_at(a.kv_heads, kv_head);
   const u32 each = (s.blocks + a.splits - 1) / a.splits;
   const u32 from = min(s.blocks, split * each) + warp, to = min(s.blocks, split * each + each);
   uint4 next = make_uint4(0, 0, 0, 0);
@@ -152,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   u32 entry = from < to ? s.table[from] : 0;
   auto look_ahead = [&](u32 b) {
     if (b < to) {
-      block_next = a.pool + entry * stride;
+      block_next = a.pool + (u64)entry * stride;
       next = *(const uint4*)(block_next + header_from);
       if (b + WARPS < to) entry = s.table[b + WARPS];
     }
@@ -260,7 +175,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
 #endif
     const Signposts key_posts = load_signposts((const u32*)(shared + POSTS));
     u32 w[4 * BITS];
-#pragma unroll
+    // Several heads gain by a loop half as long, one head by what it computes meanwhile.
+#pragma unroll(GROUP > 1 && SLABS % 4 == 0 ? 1 : 2)
     for (int half = 0; half < 2; half++) {
       float acc[2][4];
 #pragma unroll
@@ -351,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
 #pragma unroll
     for (int h = 0; h < GROUP; h++) key_scale[h] = exponent(20 - exponent_of(reach_of(now, 0) * ((float*)(shared + REACH))[h]));
     {
-      auto add = [&](u32 e) {
+      auto value = [&](u32 e, int* sums) {
         const u32 pair = outlier_pair(e), turn = *(const u32*)(shared + PLACES + e % (DIM * 32) * 4);
         const float r = high_float(e), cs = low_float(turn) * r, sn = high_float(turn) * r;
         // x turns to (cos, sin), y to (-sin, cos).
@@ -361,12 +277,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
 #pragma unroll
         for (int h = 0; h < GROUP; h++) {
           const float x = fx * half_float(q[h * DIM]) + fy * half_float(q[h * DIM + 2]);
-          atomicAdd(&key_sums[h * 64 + outlier_token(e)], rounded(x * key_scale[h]));
+          sums[h] = rounded(x * key_scale[h]);
         }
       };
-      each_near((const u32*)(own + KEY_OUTLIERS), count_of(now, 0), lane, add);
-#pragma unroll 1
-      for (u32 i = NEAR_OUTLIERS + lane; i < count_of(now, 0); i += 32) add(outliers_of(s, start_of(now, 0))[i]);
+      add_outliers((const u32*)(own + KEY_OUTLIERS), outliers_of(s, start_of(now, 0)), count_of(now, 0), 64, lane, value,
+                   [&](u32 e) { return key_sums + outlier_token(e); });
     }
     __syncwarp();
     fetch_key_outliers(b + WARPS);
@@ -379,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
     const float zero0 = in0 ? high_float(sz0) : 0, zero1 = in1 ? high_float(sz1) : 0;
     // The greatest weight is at most the greatest scale, which needs no scores. Scales are not negative: their bits have their order.
     const float most = __uint_as_float(__reduce_max_sync(WARP, __float_as_uint(fmaxf(scale0, scale1))));
-    const float steps = most > 0 ? __fdividef(65504.0f, most) : 0, unit = most * (a.value_step / 65504.0f);
+    const float steps = most > 0 ? __fdividef(65504.0f, most) : 0, unit = most * (a.value_step * (1 / 65504.0f));
     float old_factor[GROUP], new_factor[GROUP], value_factor[GROUP];
     bool moved = false;
 #pragma unroll
@@ -463,15 +378,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
     // Outliers of values.
     {
       const float scale = exponent(20 - value_exponent);
-      auto add = [&](u32 e) {
+      auto value = [&](u32 e, int* sums) {
         const float r = high_float(e) * scale;
 #pragma unroll
-        for (int h = 0; h < GROUP; h++)
-          atomicAdd(&value_sums[h * DIM + outlier_place(e)], rounded(scores[h * 64 + outlier_token(e)] * r));
+        for (int h = 0; h < GROUP; h++) sums[h] = rounded(scores[h * 64 + outlier_token(e)] * r);
       };
-      each_near((const u32*)(own + VALUE_OUTLIERS), count_of(now, 1), lane, add);
-#pragma unroll 1
-      for (u32 i = NEAR_OUTLIERS + lane; i < count_of(now, 1); i += 32) add(outliers_of(s, start_of(now, 1))[i]);
+      if (apart)
+        add_outliers((const u32*)(own + VALUE_OUTLIERS), outliers_of(s, start_of(now, 1)), count_of(now, 1), DIM, lane, value,
+                     [&](u32 e) { return value_sums + outlier_place(e); });
     }
     __syncwarp();
     fetch_value_outliers(b + WARPS);
@@ -479,66 +393,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   copy_wait<0>();
   __syncwarp();
 
-  // This warp's state, then all warps' merged.
-  float* const result = (float*)own;
-#pragma unroll
-  for (int e = 0; e < SETS; e++)
-#pragma unroll
-    for (int i = 0; i < DIM / 16; i++)
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const u32 h = 4 * e + tq, c = 16 * i + j * 8 + g;
-        if (h < GROUP) result[h * DIM + c] = o[e][i][j];
-      }
-  __syncwarp();
-#pragma unroll
-  for (int h = 0; h < GROUP; h++) {
-    const float z = warp_sum(zeros[h]);
-    const float unit = pending ? exponent(value_exponent - 20) : 0;
-    for (u32 c = lane; c < DIM; c += 32) result[h * DIM + c] += z + unit * value_sums[h * DIM + place_of(c)];
-  }
-  __syncwarp();
-  // The exact rows before the first block.
-  if (split == 0)
-    for (u32 r = warp; r < s.exact_rows; r += WARPS) {
-      constexpr int N = DIM / 32;
-      const u16* key = s.exact + ((u64)kv_head * s.exact_capacity + r) * DIM + lane * N;
-      const u16* value = key + (u64)a.kv_heads * s.exact_capacity * DIM;
-#pragma unroll
-      for (int h = 0; h < GROUP; h++) {
-        float x = 0;
-#pragma unroll
-        for (int i = 0; i < N; i++) x += queries[h * DIM + lane * N + i] * half_float(key[i]);
-        x = warp_sum(x);
-        float m = fmaxf(top[h], x), f = power2(top[h] - m), p = power2(x - m);
-        top[h] = m;
-        sum[h] = sum[h] * f + (lane == 0 ? p : 0);
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-          float* e = result + h * DIM + lane * N + i;
-          *e = *e * f + p * half_float(value[i]);
-        }
-      }
-    }
-  __syncwarp();
-
-#pragma unroll
-  for (int h = 0; h < GROUP; h++) {
-    const float l = warp_sum(sum[h]);
-    if (lane == 0) factors[2 * h] = top[h], factors[2 * h + 1] = l;
-  }
-  __syncthreads();
-  for (u32 i = threadIdx.x; i < GROUP * DIM; i += WARPS * 32) {
-    const u32 h = i / DIM;
-    float m = NONE, l = 0, x = 0;
-    for (u32 w = 0; w < WARPS; w++) m = fmaxf(m, ((float*)(shared + WARP_PARTS + w * WARP_BYTES + FACTORS))[2 * h]);
-    for (u32 w = 0; w < WARPS; w++) {
-      const u8* part = shared + WARP_PARTS + w * WARP_BYTES;
-      const float f = power2(((const float*)(part + FACTORS))[2 * h] - m);
-      l += ((const float*)(part + FACTORS))[2 * h + 1] * f;
-      x += ((const float*)part)[i] * f;
-    }
-    const u64 at = ((u64)seq * a.heads + first_head + h) * a.splits + split;
-    a.out[at * DIM + i % DIM] = x;
-    if (i % DIM == 0) a.sums[at * 2] = m, a.sums[at * 2 + 1] = l;
-  }}
+  finish(a, shared, s, o, top, sum, zeros, pending ? exponent(value_exponent - 20) : 0);
+}
