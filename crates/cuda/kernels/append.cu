@@ -12,7 +12,7 @@ struct Range {
 };
 
 // Threads that look for a token's range.
-#define RANGE_THREADS (CHANNELS >= 2048 || DIM == 256 ? 512 : 256)
+#define RANGE_THREADS (CHANNELS >= 4096 ? 1024 : CHANNELS >= 2048 || DIM == 256 ? 512 : 256)
 #define EACH ((CHANNELS + RANGE_THREADS - 1) / RANGE_THREADS)
 
 // A thread's entries: their places in order, and which there are.

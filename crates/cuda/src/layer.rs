@@ -97,6 +97,7 @@ pub(crate) fn append_from(
     let build = Build::append(tables.bits, tables.dim, channels);
     // As kernels/append.cu counts them.
     let range_threads = match channels {
+        4096.. => 1024,
         2048.. => 512,
         _ => (2 * tables.dim).max(256),
     };

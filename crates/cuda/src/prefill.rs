@@ -10,7 +10,7 @@ use crate::layer::{BLOCK, DenseOut, History, Pool, Rows, Tables, Turns, dense, q
 use crate::modules::{Build, Source};
 
 /// Blocks that there is room for as rows: one half of the room is decoded while the other is attended to.
-pub(crate) const SECTION: usize = 256;
+pub(crate) const SECTION: usize = 384;
 
 /// Query rows of a prefill step and their states.
 pub struct Prefill {
