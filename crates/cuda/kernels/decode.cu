@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   const u32 first_head = kv_head * a.passes * GROUP + blockIdx.y % a.passes * GROUP;
   let_next_start();
 
-  // Tables, on their way while the first blocks are s: nothing that a kernel writes.
+  // Tables, on their way while the first blocks are found: nothing that a kernel writes.
   auto fetch_table = [&](u32 at, const void* from, u32 bytes) {
     for (u32 i = threadIdx.x * 16; i < bytes; i += WARPS * 512) copy16(shared + at + i, (const u8*)from + i);
   };
