@@ -71,7 +71,7 @@ pub fn run(args: Args) -> Result<()> {
     bar.clear();
     let names: Vec<String> = tuned.iter().map(|t| t.spec.to_string()).collect();
     quantizer.provenance.text +=
-        &format!("; {} tuned {} steps on {text} of {}", names.join(", "), args.steps, args.source.ctx());
+        &format!("; {} tuned {} steps on {text}, windows of {}", names.join(", "), args.steps, args.source.ctx());
     quantizer.save(&args.output)?;
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
