@@ -10,9 +10,10 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::CudaError;
+use crate::dense::{DenseOut, dense};
 use crate::device::{Buffer, Device, Queue};
 use crate::exact::{ExactCache, ExactDecode};
-use crate::layer::{BLOCK, Batch, DenseOut, History, Pool, Tables, Turns, append, append_exact, dense, turn_queries};
+use crate::layer::{BLOCK, Batch, History, Pool, Tables, Turns, append, append_exact, turn_queries};
 use crate::prefill::Prefill;
 use crate::synthetic::{frequencies, normal, quantizers};
 

@@ -6,7 +6,9 @@
 //! device   a card: memory, launches, time
 //! blas     products of weights and activations, by cuBLASLt
 //! model    a model's forward pass on a card
-//! layer    a layer's quantizers, blocks and histories on a card; append, decode, prefill
+//! layer    a layer's quantizers, blocks and histories on a card; append, decode
+//! dense    blocks back to rows
+//! prefill  attention of many queries, over fp16 rows and over decoded ones
 //! check    every kernel against the CPU, on random input
 //! bench    append, decode and prefill against an fp16 cache and the copy bandwidth
 //! ```
@@ -17,6 +19,7 @@
 pub mod bench;
 mod blas;
 pub mod check;
+mod dense;
 pub mod device;
 mod error;
 mod exact;

@@ -4,9 +4,10 @@
 use cudarc::driver::DeviceRepr;
 
 use crate::CudaError;
+use crate::dense::{DenseOut, dense};
 use crate::device::{Buffer, Device, Queue};
 use crate::exact::ExactCache;
-use crate::layer::{BLOCK, DenseOut, History, Pool, Rows, Tables, Turns, dense, query_scale, store_rows};
+use crate::layer::{BLOCK, History, Pool, Rows, Tables, Turns, query_scale, store_rows};
 use crate::modules::{Build, Source};
 
 /// Blocks that there is room for as rows: one half of the room is decoded while the other is attended to.
