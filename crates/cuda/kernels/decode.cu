@@ -63,7 +63,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   const u32 from = min(s.blocks, split * each) + warp, to = min(s.blocks, split * each + each);
   uint4 next = make_uint4(0, 0, 0, 0);
   const u8* block_next = a.pool;
-  // The table is read a block further ahead, so that no header waits for where it lies.
+  // The table is read a block further ahead, so that no header waits for where it lies. What only this needs waits in shared
+  // memory, where the end's factors will be.
   u32 entry = from < to ? s.table[from] : 0;
   auto look_ahead = [&](u32 b) {
     if (b < to) {
@@ -77,22 +78,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   auto near_bytes = [](u32 count) { return min(count, NEAR_OUTLIERS) * 4; };
   auto fetch_key_codes = [&](u32 b) {
     if (b < to) {
-      fetch(own + KEY_CODES, block_next + unit_at(kv_head, 0), UNIT_BYTES, lane);
-      fetch(own + ANGLES, a.origins + (u64)b * (DIM / 4), DIM * 4, lane);
+      fetch<UNIT_BYTES>(own + KEY_CODES, block_next + unit_at(kv_head, 0), lane);
+      fetch<DIM * 4>(own + ANGLES, a.origins + (u64)b * (DIM / 4), lane);
     }
   };
   auto fetch_key_outliers = [&](u32 b) {
-    if (b < to) fetch(own + KEY_OUTLIERS, outliers_of(s, start_of(next, 0)), near_bytes(count_of(next, 0)), lane);
+    if (b < to) fetch_few(own + KEY_OUTLIERS, outliers_of(s, start_of(next, 0)), near_bytes(count_of(next, 0)), lane);
     copy_commit();
   };
   auto fetch_value_codes = [&](u32 b) {
     if (b < to) {
-      fetch(own + VALUE_CODES, block_next + unit_at(kv_head, 1), UNIT_BYTES, lane);
-      fetch(own + SCALES, block_next + scales_at(a.kv_heads), 256, lane);
+      fetch<UNIT_BYTES>(own + VALUE_CODES, block_next + unit_at(kv_head, 1), lane);
+      fetch<256>(own + SCALES, block_next + scales_at(a.kv_heads), lane);
     }
   };
   auto fetch_value_outliers = [&](u32 b) {
-    if (b < to) fetch(own + VALUE_OUTLIERS, outliers_of(s, start_of(next, 1)), near_bytes(count_of(next, 1)), lane);
+    if (b < to) fetch_few(own + VALUE_OUTLIERS, outliers_of(s, start_of(next, 1)), near_bytes(count_of(next, 1)), lane);
     copy_commit();
   };
   // All but the group that was asked for last.
@@ -125,8 +126,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   const u32 place = 32 * (tq % 2) + 16 * (tq / 2) + g;
 
   // Sums of values' outliers stay integers for a few blocks, under the last maximum, in units of 2^(value_exponent - 20).
-  int value_exponent = -126;
-  u32 pending = 0;
+  // EMPTY while there are none.
+  constexpr int EMPTY = -126;
+  int value_exponent = EMPTY;
   auto take_sums = [&]() {
     const float unit = exponent(value_exponent - 20);
     __syncwarp();
@@ -140,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
     __syncwarp();
     for (u32 i = lane; i < GROUP * DIM / 4; i += 32) ((int4*)value_sums)[i] = make_int4(0, 0, 0, 0);
     __syncwarp();
-    pending = 0;
+    value_exponent = EMPTY;
   };
 
   for (u32 b = from; b < to; b += WARPS) {
@@ -335,10 +337,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
       column[e][0] = permute(x.x, x.y, pick), column[e][1] = permute(x.z, x.w, pick);
       column[e][2] = permute(y.x, y.y, pick), column[e][3] = permute(y.z, y.w, pick);
     }
-    const int reach = exponent_of(reach_of(now, 1));
-    const bool apart = count_of(now, 1);
-    if (pending && (moved || pending == 8 || (apart && reach > value_exponent))) take_sums();
-    if (apart) value_exponent = pending++ ? value_exponent : reach;
+    const int reach = max(EMPTY + 1, exponent_of(reach_of(now, 1)));
+    const bool apart = count_of(now, 1), eighth = b / WARPS % 8 == 0;
+    if (value_exponent > EMPTY && (moved || eighth || (apart && reach > value_exponent))) take_sums();
+    if (apart && value_exponent == EMPTY) value_exponent = reach;
     if (moved) {
 #pragma unroll
       for (int e = 0; e < SETS; e++)
@@ -393,5 +395,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   copy_wait<0>();
   __syncwarp();
 
-  finish(a, shared, s, o, top, sum, zeros, pending ? exponent(value_exponent - 20) : 0);
+  finish(a, own, o, top, sum, zeros, value_exponent > EMPTY ? exponent(value_exponent - 20) : 0);
 }

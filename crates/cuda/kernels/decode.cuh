@@ -68,6 +68,12 @@ FN void load_words(u32* w, const u8* codes, int quad, u32 lane) {
   }
 }
 
+// Adds to an integer in shared memory, where `is` says so: without a branch, which pays for one head.
+FN void add_if(bool is, int* to, int x) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p red.shared.add.u32 [%1], %2;}" ::"r"((u32)is), "r"(shared_address(to)), "r"(x)
+               : "memory");
+}
+
 // Adds the outliers of a block's list, of which a warp has copied the near ones: `value(e, x)` says what e adds for each head,
 // `to(e)` where, for head 0; heads' sums are `pitch` apart. Most blocks have up to 96, three a lane, which are computed side by
 // side whether they are there or not: any word can be computed.
@@ -83,7 +89,8 @@ FN void add_outliers(const u32* near, const u32* far, u32 count, int pitch, u32 
   for (u32 j = 0; j < 3; j++)
 #pragma unroll
     for (int h = 0; h < GROUP; h++)
-      if (lane + 32 * j < count) atomicAdd(to(e[j]) + h * pitch, x[j][h]);
+      if (GROUP == 1) add_if(lane + 32 * j < count, to(e[j]), x[j][0]);
+      else if (lane + 32 * j < count) atomicAdd(to(e[j]) + h * pitch, x[j][h]);
 #pragma unroll 1
   for (u32 i = 96 + lane; i < count; i += 32) {
     const u32 one = i < NEAR_OUTLIERS ? near[i] : far[i];
@@ -93,9 +100,14 @@ FN void add_outliers(const u32* near, const u32* far, u32 count, int pitch, u32 
   }
 }
 
-// A warp's copy of some bytes, in pieces of 16.
-FN void fetch(u8* to, const void* from, u32 bytes, u32 lane) {
-  for (u32 i = lane * 16; i < bytes; i += 512) copy16(to + i, (const u8*)from + i);
+// A warp's copy of up to 512 bytes, in pieces of 16.
+FN void fetch_few(u8* to, const void* from, u32 bytes, u32 lane) {
+  if (lane * 16 < bytes) copy16(to + lane * 16, (const u8*)from + lane * 16);
+}
+template <u32 BYTES> FN void fetch(u8* to, const void* from, u32 lane) {
+#pragma unroll
+  for (u32 i = 0; i < BYTES / 512; i++) copy16(to + i * 512 + lane * 16, (const u8*)from + i * 512 + lane * 16);
+  if (BYTES % 512) fetch_few(to + BYTES / 512 * 512, (const u8*)from + BYTES / 512 * 512, BYTES % 512, lane);
 }
 
 // Special registers are read again, so that the loop need not keep what is made of them.
@@ -109,13 +121,28 @@ FN u32 split_again() {
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(r));
   return r;
 }
+FN u32 heads_again() {
+  u32 r;
+  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(r));
+  return r;
+}
+FN u32 sequence_again() {
+  u32 r;
+  asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(r));
+  return r;
+}
+// So is what a sequence says of its exact rows.
+FN void read_exact_again(const Sequence* s, const u16*& rows, u32& count, u32& capacity) {
+  asm volatile("ld.global.u64 %0, [%1];" : "=l"(rows) : "l"(&s->exact));
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(count), "=r"(capacity) : "l"(&s->exact_rows));
+}
 
 // This warp's state with its sums of outliers, in units of `unit`, and with exact rows, then all warps' merged.
-FN void finish(const DecodeArgs& a, u8* shared, const Sequence& s, const float (&o)[SETS][DIM / 16][2], float (&top)[GROUP],
+FN void finish(const DecodeArgs& a, u8* own, const float (&o)[SETS][DIM / 16][2], float (&top)[GROUP],
                float (&sum)[GROUP], const float (&zeros)[GROUP], float unit) {
   const u32 thread = thread_again(), lane = thread % 32, warp = thread / 32, g = lane / 4, tq = lane % 4;
-  const u32 split = split_again(), kv_head = blockIdx.y / a.passes;
-  u8* const own = shared + WARP_PARTS + warp * WARP_BYTES;
+  const u32 split = split_again(), heads = heads_again(), kv_head = heads / a.passes, seq = sequence_again();
+  u8* const shared = own - warp * WARP_BYTES - WARP_PARTS;
   float *const result = (float*)own, *const factors = (float*)(own + FACTORS);
   const float* const queries = (const float*)(shared + QUERIES);
   const int* const value_sums = (const int*)(own + VALUE_SUMS);
@@ -136,11 +163,14 @@ FN void finish(const DecodeArgs& a, u8* shared, const Sequence& s, const float (
   }
   __syncwarp();
   // The exact rows before the first block.
-  if (split == 0)
-    for (u32 r = warp; r < s.exact_rows; r += WARPS) {
+  if (split == 0) {
+    const u16* exact;
+    u32 rows, capacity;
+    read_exact_again(a.sequences + seq, exact, rows, capacity);
+    for (u32 r = warp; r < rows; r += WARPS) {
       constexpr int N = DIM / 32;
-      const u16* key = s.exact + ((u64)kv_head * s.exact_capacity + r) * DIM + lane * N;
-      const u16* value = key + (u64)a.kv_heads * s.exact_capacity * DIM;
+      const u16* key = exact + ((u64)kv_head * capacity + r) * DIM + lane * N;
+      const u16* value = key + (u64)a.kv_heads * capacity * DIM;
 #pragma unroll
       for (int h = 0; h < GROUP; h++) {
         float x = 0;
@@ -157,6 +187,7 @@ FN void finish(const DecodeArgs& a, u8* shared, const Sequence& s, const float (
         }
       }
     }
+  }
   __syncwarp();
 
 #pragma unroll
@@ -168,15 +199,17 @@ FN void finish(const DecodeArgs& a, u8* shared, const Sequence& s, const float (
   for (u32 i = thread; i < GROUP * DIM; i += WARPS * 32) {
     const u32 h = i / DIM;
     float m = NONE, l = 0, x = 0;
+#pragma unroll 4
     for (u32 w = 0; w < WARPS; w++) m = fmaxf(m, ((float*)(shared + WARP_PARTS + w * WARP_BYTES + FACTORS))[2 * h]);
+#pragma unroll 4
     for (u32 w = 0; w < WARPS; w++) {
       const u8* part = shared + WARP_PARTS + w * WARP_BYTES;
       const float f = power2(((const float*)(part + FACTORS))[2 * h] - m);
       l += ((const float*)(part + FACTORS))[2 * h + 1] * f;
       x += ((const float*)part)[i] * f;
     }
-    const u32 head = kv_head * a.passes * GROUP + blockIdx.y % a.passes * GROUP + h;
-    const u64 at = ((u64)blockIdx.z * a.heads + head) * a.splits + split;
+    const u32 head = heads * GROUP + h;
+    const u64 at = ((u64)seq * a.heads + head) * a.splits + split;
     a.out[at * DIM + i % DIM] = x;
     if (i % DIM == 0) a.sums[at * 2] = m, a.sums[at * 2 + 1] = l;
   }
