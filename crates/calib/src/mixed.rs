@@ -2,19 +2,21 @@
 //!
 //! The expected loss of an error e in a channel is about E[g^2] e^2 / 2 (paper, section 3.3), so weighted squared
 //! errors of all channels of all layers, keys and values alike, add up to one number. The widths minimise it under a
-//! mean number of bits: with a price on a bit, every unit of 4 channels chooses for itself, and the price is
-//! searched until the mean fits (Lagrange).
+//! mean number of bits, those of outliers counted: with a price on a bit, every unit of 4 channels chooses for itself, and the
+//! price is searched until the mean fits (Lagrange).
 
 mod books;
+mod channel;
 pub(crate) mod transform;
 
-use kvquant_quant::pack::{MAX_BITS, UNIT_CHANNELS};
+use kvquant_quant::pack::UNIT_CHANNELS;
 use kvquant_quant::{LayerFit, MixedFit, Side, SideFit, TOP, Table};
 
 pub(crate) use books::Books;
+use channel::{OUTLIERS, WIDTHS};
 
-/// Widths that a unit can have.
-const WIDTHS: usize = MAX_BITS as usize + 1;
+/// What an outlier takes in a block: its residual and its place.
+const OUTLIER_BITS: f64 = 24.0;
 
 /// Four channels of a head that share a width.
 struct Unit {
@@ -70,7 +72,8 @@ pub(crate) fn fits(layers: &[(Books, Books)], hundredths: u32) -> Vec<LayerFit> 
     let sides: Vec<&Books> = layers.iter().flat_map(|(k, v)| [k, v]).collect();
     let units: Vec<Vec<Unit>> = sides.iter().map(|b| units(b)).collect();
     let all: Vec<&Unit> = units.iter().flatten().collect();
-    let mut widths = &allocate(&all, all.len() * hundredths as usize / 100)[..];
+    let for_codes = (f64::from(hundredths) / 100.0 - OUTLIER_BITS * OUTLIERS).max(0.0);
+    let mut widths = &allocate(&all, (all.len() as f64 * for_codes) as usize)[..];
     let mut done = Vec::with_capacity(sides.len());
     for (books, units) in sides.iter().zip(&units) {
         let (own, rest) = widths.split_at(units.len());

@@ -375,7 +375,7 @@ impl SideQuantizer {
                     out.codes[*c] = middles.partition_point(|m| *m < x[*c]) as u8;
                 }
                 for (c, ((&v, &l), &u)) in x.iter().zip(lower).zip(upper).enumerate() {
-                    // Beyond all that calibration saw: kept exactly.
+                    // Beyond the bounds: kept exactly.
                     if v < l || v > u {
                         self.keep(c, v, self.lut.dense(places[c] as usize, out.codes[c]), out)?;
                     }

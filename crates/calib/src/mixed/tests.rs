@@ -1,3 +1,4 @@
+use super::channel::Channel;
 use super::*;
 use crate::fit::SideData;
 use crate::testing::noise;
@@ -43,7 +44,7 @@ fn wider_codes_cost_less_and_the_budget_is_kept() {
     let bits = |fits: &[LayerFit]| -> f64 {
         let sides = fits.iter().flat_map(|f| [&f.keys, &f.values]);
         let widths: Vec<u8> = sides.flat_map(|s| s.mixed.as_ref().unwrap().widths.clone()).collect();
-        widths.iter().map(|b| f64::from(*b)).sum::<f64>() / widths.len() as f64
+        widths.iter().map(|b| f64::from(*b)).sum::<f64>() / widths.len() as f64 + OUTLIER_BITS * OUTLIERS
     };
     let mut before = f64::INFINITY;
     for hundredths in [50, 100, 200, 225, 300, 400] {
@@ -56,6 +57,29 @@ fn wider_codes_cost_less_and_the_budget_is_kept() {
     // Better than the same width for all.
     let same: f64 = layers.iter().flat_map(|(k, v)| k.channels.iter().chain(&v.channels)).map(|c| c.cost[2]).sum();
     assert!(error(&fits(&layers, 200)) < 0.8 * same);
+}
+
+#[test]
+fn bounds_leave_the_tails_and_signposts_ignore_them() {
+    let mut x = noise(10_000, 3);
+    let weights = vec![1.0; x.len()];
+    let plain = Channel::new(&x, &weights);
+    // As many wild values as may be outliers on a side.
+    let wild = (OUTLIERS / 2.0 * x.len() as f64) as usize;
+    x[..wild].fill(1e4);
+    let channel = Channel::new(&x, &weights);
+    let beyond = |v: &&f32| **v < channel.lower || **v > channel.upper;
+    assert_eq!(x.iter().filter(beyond).count(), 2 * wild);
+    assert!(channel.upper < 10.0, "{}", channel.upper);
+    for bits in 0..=7u8 {
+        // Within rounding.
+        assert!(channel.top(bits) <= 1.0001 * channel.upper.max(-channel.lower), "{bits}");
+        let (with, without) = (channel.cost[bits as usize], plain.cost[bits as usize]);
+        assert!((with / without - 1.0).abs() < 0.1, "{bits}: {with} {without}");
+    }
+    // Nothing is beyond where all are equal.
+    let same = Channel::new(&[0.25; 1000], &[1.0; 1000]);
+    assert_eq!((same.lower, same.upper), (0.25, 0.25));
 }
 
 #[test]
