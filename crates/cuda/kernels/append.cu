@@ -21,6 +21,8 @@ struct Entries {
   u32 real;
 };
 FN u32 channel_of(int i) { return threadIdx.x * EACH + i; }
+// Whether there is an i-th: always, where threads divide the channels.
+FN bool is_real(int i) { return CHANNELS % RANGE_THREADS == 0 || channel_of(i) < CHANNELS; }
 FN float value_of(u32 rank) { return __uint_as_float(rank >> 31 ? rank & 0x7fffffff : ~rank); }
 
 FN u32 least_of(u32 x) { return __reduce_min_sync(WARP, x); }
@@ -218,8 +220,8 @@ FN Range find_range(const float* x, u32 extremes, u32* status) {
   e.real = 0;
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
-    const float v = channel_of(i) < CHANNELS ? x[channel_of(i)] : 0;
-    if (channel_of(i) < CHANNELS) e.real |= 1u << i;
+    const float v = is_real(i) ? x[channel_of(i)] : 0;
+    if (is_real(i)) e.real |= 1u << i;
     if (!(fabsf(v) <= 65504.0f)) atomicMax(status, 1u);
     e.rank[i] = rank_of(v);
   }
@@ -306,6 +308,8 @@ template <bool ONE> FN void append_block(const AppendArgs& a) {
 #pragma unroll
         for (int m = 0; m < POSTS - 1; m++) bound[m] = a.bounds[m * CHANNELS + all];
         const float lower = a.lower[all], upper = a.upper[all];
+        // One channel's loads after another's: all at once would not fit the registers of 1,024 threads.
+        if (ONE && BITS == 4) __syncwarp();
 #pragma unroll
         for (int r = 0; r < 4; r++) {
           const u32 t = warp / (DIM / 32) * 32 + r * 8 + g;

@@ -62,15 +62,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   const u32 each = (s.blocks + a.splits - 1) / a.splits;
   const u32 from = min(s.blocks, split * each) + warp, to = min(s.blocks, split * each + each);
   uint4 next = make_uint4(0, 0, 0, 0);
+  // Where registers are short, the next block is known by its number, and what only looking ahead needs waits in shared memory,
+  // where the end's factors will be. Which builds those are the compiler's report says.
+  constexpr bool LEAN = __CUDA_ARCH__ / 100 != 9 || (GROUP == 1 && (BITS == 3 || DIM == 256));
   const u8* block_next = a.pool;
-  // The table is read a block further ahead, so that no header waits for where it lies. What only this needs waits in shared
-  // memory, where the end's factors will be.
+  u32 number_next = 0;
+  const u32** const table_kept = (const u32**)(own + FACTORS);
+  u32* const header_kept = (u32*)(own + FACTORS + 8);
+  auto the_next = [&] { return LEAN ? a.pool + (u64)number_next * stride : block_next; };
+  // The table is read a block further ahead, so that no header waits for where it lies.
   u32 entry = from < to ? s.table[from] : 0;
+  if (LEAN) {
+    if (lane == 0) *table_kept = s.table, *header_kept = header_from;
+    __syncwarp();
+  }
   auto look_ahead = [&](u32 b) {
     if (b < to) {
-      block_next = a.pool + (u64)entry * stride;
-      next = *(const uint4*)(block_next + header_from);
-      if (b + WARPS < to) entry = s.table[b + WARPS];
+      number_next = entry, block_next = a.pool + (u64)entry * stride;
+      next = *(const uint4*)(the_next() + (LEAN ? *header_kept : header_from));
+      if (b + WARPS < to) entry = (LEAN ? *table_kept : s.table)[b + WARPS];
     }
   };
   // Keys and values of the next block, a group of copies each: codes as soon as those of this block are in registers, then
@@ -78,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   auto near_bytes = [](u32 count) { return min(count, NEAR_OUTLIERS) * 4; };
   auto fetch_key_codes = [&](u32 b) {
     if (b < to) {
-      fetch<UNIT_BYTES>(own + KEY_CODES, block_next + unit_at(kv_head, 0), lane);
+      fetch<UNIT_BYTES>(own + KEY_CODES, the_next() + unit_at(kv_head, 0), lane);
       fetch<DIM * 4>(own + ANGLES, a.origins + (u64)b * (DIM / 4), lane);
     }
   };
@@ -88,8 +98,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   };
   auto fetch_value_codes = [&](u32 b) {
     if (b < to) {
-      fetch<UNIT_BYTES>(own + VALUE_CODES, block_next + unit_at(kv_head, 1), lane);
-      fetch<256>(own + SCALES, block_next + scales_at(a.kv_heads), lane);
+      fetch<UNIT_BYTES>(own + VALUE_CODES, the_next() + unit_at(kv_head, 1), lane);
+      fetch<256>(own + SCALES, the_next() + scales_at(a.kv_heads), lane);
     }
   };
   auto fetch_value_outliers = [&](u32 b) {
@@ -177,8 +187,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
 #endif
     const Signposts key_posts = load_signposts((const u32*)(shared + POSTS));
     u32 w[4 * BITS];
-    // Several heads gain by a loop half as long, one head by what it computes meanwhile.
-#pragma unroll(GROUP > 1 && SLABS % 4 == 0 ? 1 : 2)
+    // Several heads gain by a loop half as long, one head by what it computes meanwhile, where registers allow.
+#pragma unroll(SLABS % 4 == 0 && (GROUP > 1 || __CUDA_ARCH__ / 100 > 9) ? 1 : 2)
     for (int half = 0; half < 2; half++) {
       float acc[2][4];
 #pragma unroll
