@@ -5,7 +5,9 @@ use std::ops::Range;
 use half::f16;
 use kvquant_kernels::attend::{CodedView, HeadLut, Outliers, SideView, TokenScales, ViewError};
 use kvquant_kernels::memory::prefer_large_pages;
-use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, pack_unit, set_code, set_codes, sum_of, unit_bytes};
+use kvquant_quant::pack::{
+    BLOCK_TOKENS, OUTLIER_BYTES, UNIT_CHANNELS, pack_unit, set_code, set_codes, sum_of, unit_bytes,
+};
 use kvquant_quant::{Outlier, SideQuantizer, TokenCodes};
 
 use crate::bytes::Bytes;
@@ -188,8 +190,6 @@ pub(crate) struct CodedBlock {
 
 // A block's header is part of the bits that are reported.
 const _: () = assert!(size_of::<CodedBlock>() <= 40);
-/// Bytes of an outlier.
-const OUTLIER: usize = 3;
 /// Outliers that an open block makes room for at a time: doubling would leave much of it unused.
 const GROW_OUTLIERS: usize = 32;
 
@@ -216,7 +216,7 @@ impl CodedBlock {
         if block.len() != len {
             return Err("it holds another number of tokens");
         }
-        if outliers.len() != OUTLIER * n {
+        if outliers.len() != OUTLIER_BYTES * n {
             return Err("it holds another number of outliers");
         }
         let (places, residuals) = outliers.split_at(n);
@@ -371,11 +371,11 @@ impl CodedBlock {
         let entry = (place % UNIT_CHANNELS * BLOCK_TOKENS + token) as u8;
         let bits = o.residual.to_le_bytes();
         let range = self.outlier_range(layout, side, unit..unit + 1);
-        let (at, n) = (layout.places[side].counts.start + unit, self.outliers.len() / OUTLIER);
+        let (at, n) = (layout.places[side].counts.start + unit, self.outliers.len() / OUTLIER_BYTES);
         if self.bytes_mut()[at] < u8::MAX {
             self.bytes_mut()[at] += 1;
             if self.outliers.len() == self.outliers.capacity() {
-                self.outliers.reserve_exact(OUTLIER * GROW_OUTLIERS);
+                self.outliers.reserve_exact(OUTLIER_BYTES * GROW_OUTLIERS);
             }
             // Behind the unit's last place, and behind its last residual, which lies one further by now.
             self.outliers.insert(range.end, entry);
@@ -395,7 +395,7 @@ impl CodedBlock {
     }
 
     pub fn truncate(&mut self, layout: &Layout, len: usize) {
-        let n = self.outliers.len() / OUTLIER;
+        let n = self.outliers.len() / OUTLIER_BYTES;
         let (old, residuals) = self.outliers.split_at(n);
         let residuals = residuals.as_chunks::<2>().0;
         let (mut places, mut kept, mut first) = (Vec::new(), Vec::new(), 0);
@@ -450,7 +450,7 @@ impl CodedBlock {
         let counts = &bytes[of.counts.clone()];
         let range = *first..*first + sum_of(counts);
         *first = range.end;
-        let (places, residuals) = self.outliers.split_at(self.outliers.len() / OUTLIER);
+        let (places, residuals) = self.outliers.split_at(self.outliers.len() / OUTLIER_BYTES);
         let outliers = Outliers { counts, places: &places[range.clone()], residuals: &residuals.as_chunks().0[range] };
         let scales = of.scales.clone().map(|(scale, zero)| TokenScales { scale: &halves[scale], zero: &halves[zero] });
         Ok(SideView::Coded(CodedView::new(&of.lut, &bytes[of.codes.clone()], scales, outliers)?))

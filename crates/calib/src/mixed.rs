@@ -9,14 +9,14 @@ mod books;
 mod channel;
 pub(crate) mod transform;
 
-use kvquant_quant::pack::UNIT_CHANNELS;
+use kvquant_quant::pack::{OUTLIER_BYTES, UNIT_CHANNELS};
 use kvquant_quant::{LayerFit, MixedFit, Side, SideFit, TOP, Table};
 
 pub(crate) use books::Books;
 use channel::{OUTLIERS, WIDTHS};
 
-/// What an outlier takes in a block: its residual and its place.
-const OUTLIER_BITS: f64 = 24.0;
+/// What an outlier takes in a block.
+const OUTLIER_BITS: f64 = 8.0 * OUTLIER_BYTES as f64;
 
 /// Four channels of a head that share a width.
 struct Unit {

@@ -103,7 +103,7 @@ impl Source {
         if ids.len() < need {
             let (got, n, ctx, text) = (ids.len(), self.windows, self.ctx, path.display());
             let problem = format!(
-                "{text}: {got} tokens, and {n} windows of {ctx} need {need}; use a longer text or fewer --windows"
+                "{text}: {got} tokens, and {n} windows of {ctx} need {need}; use a longer text, fewer --windows or a smaller --ctx"
             );
             return Err(Input(problem).into());
         }

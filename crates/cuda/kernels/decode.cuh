@@ -111,26 +111,16 @@ template <u32 BYTES> FN void fetch(u8* to, const void* from, u32 lane) {
 }
 
 // Special registers are read again, so that the loop need not keep what is made of them.
-FN u32 thread_again() {
-  u32 r;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
-  return r;
-}
-FN u32 split_again() {
-  u32 r;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(r));
-  return r;
-}
-FN u32 heads_again() {
-  u32 r;
-  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(r));
-  return r;
-}
-FN u32 sequence_again() {
-  u32 r;
-  asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(r));
-  return r;
-}
+#define READ_AGAIN(name, special)                          \
+  FN u32 name() {                                          \
+    u32 r;                                                 \
+    asm volatile("mov.u32 %0, %%" special ";" : "=r"(r));  \
+    return r;                                              \
+  }
+READ_AGAIN(thread_again, "tid.x")
+READ_AGAIN(split_again, "ctaid.x")
+READ_AGAIN(heads_again, "ctaid.y")
+READ_AGAIN(sequence_again, "ctaid.z")
 // So is what a sequence says of its exact rows.
 FN void read_exact_again(const Sequence* s, const u16*& rows, u32& count, u32& capacity) {
   asm volatile("ld.global.u64 %0, [%1];" : "=l"(rows) : "l"(&s->exact));

@@ -26,6 +26,9 @@ pub const MAX_BITS: u32 = 7;
 /// Bits of a code that the first plane holds.
 pub const LOW_BITS: u32 = 4;
 
+/// Bytes of an outlier: its place in the unit, and an fp16 residual.
+pub const OUTLIER_BYTES: usize = 3;
+
 /// The sum of counts.
 #[inline]
 pub fn sum_of(counts: &[u8]) -> usize {

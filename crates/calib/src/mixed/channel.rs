@@ -3,6 +3,7 @@
 use kvquant_quant::pack::MAX_BITS;
 
 use crate::kmeans::Histogram;
+use crate::thresholds;
 
 /// Widths that a channel can have.
 pub(super) const WIDTHS: usize = MAX_BITS as usize + 1;
@@ -94,13 +95,9 @@ impl Channel {
 
 /// The bounds of a channel: as many of its values lie beyond as may be outliers.
 fn bounds(x: &[f32]) -> (f32, f32) {
-    let beyond = (OUTLIERS / 2.0 * x.len() as f64) as usize;
-    let mut x = x.to_vec();
-    let last = x.len() - 1;
-    let (_, lower, _) = x.select_nth_unstable_by(beyond, f32::total_cmp);
-    let lower = *lower;
-    let (_, upper, _) = x.select_nth_unstable_by(last - beyond, f32::total_cmp);
-    (lower, *upper)
+    // A whole number, so that a short calibration has none.
+    let beyond = (OUTLIERS / 2.0 * x.len() as f64).floor();
+    thresholds::range(&mut x.to_vec(), beyond / (x.len() - 1).max(1) as f64)
 }
 
 /// First signpost and distance of the best of some uniform books with n signposts over [-1, 1], and its error.
