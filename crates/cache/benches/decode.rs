@@ -29,7 +29,7 @@ fn main() {
     let rope = Arc::new(Rope { inv_freq: (0..32).map(|i| 100_000f64.powf(-(i as f64) / 32.0)).collect() });
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
     let mut noise = |n: usize| (0..n).map(|_| (0..6).map(|_| rng.random::<f32>() - 0.5).sum()).collect::<Vec<f32>>();
-    println!("{depth} tokens, {} threads; ms for a token's attention in all layers", rayon::current_num_threads());
+    println!("{depth} tokens, {} threads; ms for a token's attention in all layers", kvquant_kernels::threads::count());
     println!("{:16} {:>8} {:>8} {:>8}", "cache", "least", "median", "MB");
     for spec in specs {
         let parsed: Spec = spec.parse().expect("a cache spec");
@@ -75,11 +75,9 @@ fn main() {
         let mut times: Vec<f64> = (0..STEPS)
             .map(|_| {
                 let start = Instant::now();
-                rayon::scope(|_| {
-                    for layer in 0..SHAPE.layers {
-                        cache.extend(layer, &q, &k, &v, Prefill::Exact, &mut out).expect("numbers that fit");
-                    }
-                });
+                for layer in 0..SHAPE.layers {
+                    cache.extend(layer, &q, &k, &v, Prefill::Exact, &mut out).expect("numbers that fit");
+                }
                 cache.commit(1).expect("even layers");
                 start.elapsed().as_secs_f64() * 1e3
             })

@@ -1,11 +1,12 @@
 //! From a layer's queries to its blocks: positions, work split, merge.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use kvquant_kernels::attend::{BLOCKS, BlockView, Kernels, Rows as QueryRows, SideView, State, ViewError};
 use kvquant_kernels::rope::{BlockTable, Rope, Rotation};
+use kvquant_kernels::threads;
 use kvquant_quant::pack::BLOCK_TOKENS;
-use rayon::prelude::*;
 use smallvec::SmallVec;
 
 use crate::block::Block;
@@ -78,7 +79,7 @@ impl Angles {
         let scale = 1.0 / (head_dim as f32).sqrt();
         // Every entry is written below.
         data.resize(q.len(), 0.0);
-        let head = |(h, of_head): (usize, &mut [f32])| {
+        let head = |h: usize, of_head: &mut [f32]| {
             for (t, of_token) in of_head.chunks_exact_mut(group * head_dim).enumerate() {
                 of_token.copy_from_slice(&q[(t * heads + h * group) * head_dim..][..group * head_dim]);
                 of_token.iter_mut().for_each(|x| *x *= scale);
@@ -87,9 +88,9 @@ impl Angles {
         };
         let part = tokens * group * head_dim;
         if tokens >= BLOCK_TOKENS {
-            data.par_chunks_exact_mut(part).enumerate().for_each(head);
+            threads::pieces_mut(data, part, head);
         } else {
-            data.chunks_exact_mut(part).enumerate().for_each(head);
+            data.chunks_exact_mut(part).enumerate().for_each(|(h, of_head)| head(h, of_head));
         }
         Queries { data, tokens, group, head_dim }
     }
@@ -311,7 +312,7 @@ impl History<'_> {
     fn plan(&self, tokens: Range<usize>, works: &mut Vec<Work>) -> usize {
         let (heads, parts) = (self.shape.kv_heads, self.layer.blocks().len() + 1);
         let heads_each = self.heads_each(&tokens);
-        let threads = rayon::current_num_threads();
+        let threads = threads::count();
         let pieces = (4 * threads).div_ceil(heads);
         let (mut rows_each, mut parts_each) = (tokens.len(), parts);
         if tokens.len() > BLOCK_TOKENS {
@@ -378,7 +379,14 @@ impl History<'_> {
         if n == 1 || !self.is_worth_threads(&tokens) {
             works.iter_mut().try_for_each(run)?;
         } else {
-            works.par_iter_mut().with_max_len(1).try_for_each(run)?;
+            let failed = OnceLock::new();
+            threads::for_each_mut(works, |_, work| {
+                if let Err(e) = run(work) {
+                    // The first is enough.
+                    let _ = failed.set(e);
+                }
+            });
+            failed.into_inner().map_or(Ok(()), Err)?;
         }
         for same in works.chunk_by_mut(|a, b| a.task.heads == b.task.heads && a.task.tokens == b.task.tokens) {
             let (Work { task, states, .. }, others) = same.split_first_mut().expect("a chunk is not empty");

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use kvquant_kernels::memory::prefer_large_pages;
+use kvquant_kernels::threads;
 use kvquant_quant::TokenCodes;
 use kvquant_quant::pack::BLOCK_TOKENS;
-use rayon::prelude::*;
 
 use crate::block::{Block, Context, Rows, TokenError};
 use crate::bytes::Bytes;
@@ -277,12 +277,13 @@ impl Layer {
             Some(codec) => codec.block(k, v, self.channels).map(Block::Coded),
             None => Block::exact(k, v, self.channels),
         };
-        let blocks: Vec<Arc<Block>> = k
-            .par_chunks_exact(part)
-            .zip(v.par_chunks_exact(part))
-            .enumerate()
-            .map(|(b, (k, v))| block(k, v).map(Arc::new).map_err(|(t, e)| (start + b * BLOCK_TOKENS + t, e)))
-            .collect::<Result<_, _>>()?;
+        let blocks: Vec<Arc<Block>> = threads::map(k.len() / part, |b| {
+            let of_block = b * part..(b + 1) * part;
+            let block = block(&k[of_block.clone()], &v[of_block]);
+            block.map(Arc::new).map_err(|(t, e)| (start + b * BLOCK_TOKENS + t, e))
+        })
+        .into_iter()
+        .collect::<Result<_, _>>()?;
         self.len += blocks.len() * BLOCK_TOKENS;
         self.blocks.reserve_exact(blocks.len().next_multiple_of(GROW_BLOCKS));
         self.blocks.extend(blocks);

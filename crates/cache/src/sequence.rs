@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use kvquant_kernels::attend::Kernels;
 use kvquant_kernels::rope::Rope;
+use kvquant_kernels::threads;
 use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS};
 use kvquant_quant::{KeyStage, Quantizer, Scope, Side, SideQuantizer, Spec};
-use rayon::prelude::*;
 
 use crate::attend::{self, History};
 use crate::block::{Block, TokenError};
@@ -299,12 +299,13 @@ impl Cache {
             |position: usize| move |(side, source): TokenError| CacheError::Token { layer, position, side, source };
         if prefill == Prefill::Exact && n > 1 {
             let part = BLOCK_TOKENS * c;
-            let own: Vec<Block> = k
-                .par_chunks(part)
-                .zip(v.par_chunks(part))
-                .enumerate()
-                .map(|(b, (k, v))| Block::exact(k, v, c).map_err(|(t, e)| failed(start + b * BLOCK_TOKENS + t)(e)))
-                .collect::<Result<_, _>>()?;
+            let own: Vec<Block> = threads::map(k.len().div_ceil(part), |b| {
+                let of_block = b * part..((b + 1) * part).min(k.len());
+                let block = Block::exact(&k[of_block.clone()], &v[of_block], c);
+                block.map_err(|(t, e)| failed(start + b * BLOCK_TOKENS + t)(e))
+            })
+            .into_iter()
+            .collect::<Result<_, _>>()?;
             let rope = turns.rope.clone();
             let rotations: Vec<_> = (0..own.len()).map(|b| rope.rotation(start + b * BLOCK_TOKENS)).collect();
             attend::exact(&self.history(layer), &own, &rotations, &queries, start, works, out)?;

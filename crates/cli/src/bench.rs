@@ -135,7 +135,7 @@ pub fn run(args: Args) -> Result<()> {
         cpu: bandwidth::cpu_name(),
         kernels: kvquant_kernels::attend::Kernels::detect()?.name(),
         activations: loaded.model.activations.name(),
-        threads: rayon::current_num_threads(),
+        threads: kvquant_kernels::threads::count(),
         read_gbps,
         weight_bytes: loaded.model.weight_bytes(),
         peak_bytes: peak_memory(),

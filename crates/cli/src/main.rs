@@ -96,10 +96,9 @@ fn run(cli: Cli) -> Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(n.get()).build_global()?;
     }
     if let Command::Serve(args) = cli.command {
-        // Its engine enters the pool by itself.
         return serve::run(args);
     }
-    // From within the pool, a parallel region starts at once; from outside it costs two context switches.
+    // From within rayon's pool, its regions (calibration has them) start at once; from outside each costs two context switches.
     rayon::scope(|_| command(cli.command))
 }
 

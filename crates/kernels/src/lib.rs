@@ -8,6 +8,7 @@
 //! linalg    dense f32 products on strided slices
 //! dispatch  which instruction set this process uses
 //! memory    large pages for the cache
+//! threads   a pool for regions of microseconds
 //! ```
 //!
 //! Every kernel has a scalar twin that documents the mathematics; the SIMD files list only where they depart
@@ -21,4 +22,5 @@ pub mod memory;
 mod neon;
 pub mod rope;
 pub mod rowwise;
+pub mod threads;
 pub mod weights;

@@ -3,14 +3,20 @@
 //! Plain loops that compilers make vectors of, compiled for the baseline and for AVX2. They sum in sixteen lanes, in one
 //! order, and round every step, so that results are the same on every CPU, bit for bit.
 
-use rayon::prelude::*;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::dispatch::{self, Isa};
+use crate::threads;
 
 /// Entries from which threads pay.
 const PARALLEL_FROM: usize = 1 << 16;
-/// Entries of a parallel piece of what has no rows.
+/// Entries of a parallel piece, about.
 const PIECE: usize = 8192;
+
+/// Entries of whole rows of `n` that make a piece.
+fn piece(n: usize) -> usize {
+    n * (PIECE / n).max(1)
+}
 
 /// An override that this CPU can't follow is refused where weights are loaded; here it only has to be safe.
 fn isa() -> Isa {
@@ -133,11 +139,14 @@ pub fn exp(x: f32) -> f32 {
 /// out = x / sqrt(mean(x^2) + eps) * weight, row by row; x and out `[rows, weight.len()]`.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let (n, isa) = (weight.len(), isa());
-    let row = |(x, out): (&[f32], &mut [f32])| norm_row(isa, x, weight, eps, out);
+    let rows = |x: &[f32], out: &mut [f32]| {
+        x.chunks_exact(n).zip(out.chunks_exact_mut(n)).for_each(|(x, out)| norm_row(isa, x, weight, eps, out));
+    };
     if x.len() >= PARALLEL_FROM {
-        x.par_chunks_exact(n).zip(out.par_chunks_exact_mut(n)).for_each(row);
+        let size = piece(n);
+        threads::pieces_mut(out, size, |i, out| rows(&x[i * size..][..out.len()], out));
     } else {
-        x.chunks_exact(n).zip(out.chunks_exact_mut(n)).for_each(row);
+        rows(x, out);
     }
 }
 
@@ -145,12 +154,9 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 pub fn rms_norm_in_place(x: &mut [f32], weight: &Option<Vec<f32>>, eps: f32) {
     let Some(weight) = weight else { return };
     let isa = isa();
-    let row = |x: &mut [f32]| norm_row_in_place(isa, x, weight, eps);
-    if x.len() >= PARALLEL_FROM {
-        x.par_chunks_exact_mut(weight.len()).for_each(row);
-    } else {
-        x.chunks_exact_mut(weight.len()).for_each(row);
-    }
+    let n = weight.len();
+    let rows = |x: &mut [f32]| x.chunks_exact_mut(n).for_each(|x| norm_row_in_place(isa, x, weight, eps));
+    if x.len() >= PARALLEL_FROM { threads::pieces_mut(x, piece(n), |_, x| rows(x)) } else { rows(x) }
 }
 
 /// The residual sum and the norm after it in one pass: x += y, then y = norm(x) as [`rms_norm`] has it; `[rows, n]` with
@@ -165,11 +171,19 @@ pub fn add_rms_norm(x: &mut [f32], y: &mut [f32], n: usize, weight: Option<&[f32
         // NaN and infinity survive a sum of squares, which can overflow without them.
         squares.is_finite() || x.iter().all(|v| v.is_finite())
     };
-    if x.len() >= PARALLEL_FROM {
-        x.par_chunks_exact_mut(n).zip(y.par_chunks_exact_mut(n)).map(row).reduce(|| true, |a, b| a & b)
-    } else {
+    let rows = |x: &mut [f32], y: &mut [f32]| {
         x.chunks_exact_mut(n).zip(y.chunks_exact_mut(n)).fold(true, |all, rows| all & row(rows))
+    };
+    if x.len() < PARALLEL_FROM {
+        return rows(x, y);
     }
+    let finite = AtomicBool::new(true);
+    threads::pieces_of_two_mut((x, piece(n)), (y, piece(n)), |_, x, y| {
+        if !rows(x, y) {
+            finite.store(false, Ordering::Relaxed);
+        }
+    });
+    finite.into_inner()
 }
 
 /// What the gate of an MLP goes through.
@@ -187,14 +201,14 @@ pub fn gated(activation: Activation, gate: &mut [f32], up: &[f32]) {
 }
 
 fn gated_on(isa: Isa, activation: Activation, gate: &mut [f32], up: &[f32]) {
-    let part = |(gate, up): (&mut [f32], &[f32])| match activation {
+    let part = |gate: &mut [f32], up: &[f32]| match activation {
         Activation::Silu => silu(isa, gate, up),
         Activation::GeluTanh => gelu(isa, gate, up),
     };
     if gate.len() >= PARALLEL_FROM {
-        gate.par_chunks_mut(PIECE).zip(up.par_chunks(PIECE)).for_each(part);
+        threads::pieces_mut(gate, PIECE, |i, gate| part(gate, &up[i * PIECE..][..gate.len()]));
     } else {
-        part((gate, up));
+        part(gate, up);
     }
 }
 

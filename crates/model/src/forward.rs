@@ -5,6 +5,7 @@ use std::sync::Arc;
 use kvquant_cache::{Cache, CacheError, CacheShape, LayerAttention, Prefill};
 use kvquant_kernels::dispatch::DispatchError;
 use kvquant_kernels::rowwise::{add_bias, add_rms_norm, gated, rms_norm, rms_norm_in_place, scale_rows};
+use kvquant_kernels::threads;
 use kvquant_kernels::weights::{Activations, Weight, matmul_fused};
 use kvquant_quant::{FileError, Fingerprint, Quantizer, Spec};
 
@@ -333,28 +334,38 @@ impl Model {
     }
 }
 
-/// A layer's queries, keys and values `[rows, width]` into the caches of their sequences, which work side by side.
+/// Tokens of a history from which all threads work on one sequence.
+const ALONE_FROM: usize = 1024;
+
+/// A layer's queries, keys and values `[rows, width]` into the caches of their sequences: those of much work one after
+/// another, each on all threads, then the others side by side.
 fn extend(
     layer: usize,
     steps: &mut [Step<'_>],
     [q, k, v]: [&[f32]; 3],
     [wide, narrow]: [usize; 2],
     prefill: Prefill,
-    out: &mut [f32],
+    mut out: &mut [f32],
 ) -> Result<(), CacheError> {
-    match steps {
-        [] => return Ok(()),
-        [s] => return s.cache.extend(layer, q, k, v, prefill, out),
-        _ => {}
+    if let [s] = steps {
+        return s.cache.extend(layer, q, k, v, prefill, out);
     }
-    let (steps, more_steps) = steps.split_at_mut(steps.len() / 2);
-    let rows: usize = steps.iter().map(|s| s.tokens.len()).sum();
-    let ((q, more_q), (k, more_k), (v, more_v)) =
-        (q.split_at(rows * wide), k.split_at(rows * narrow), v.split_at(rows * narrow));
-    let (out, more_out) = out.split_at_mut(rows * wide);
-    let (a, z) = rayon::join(
-        || extend(layer, steps, [q, k, v], [wide, narrow], prefill, out),
-        || extend(layer, more_steps, [more_q, more_k, more_v], [wide, narrow], prefill, more_out),
-    );
-    a.and(z)
+    let extend = |s: &mut Step<'_>, first: usize, out: &mut [f32]| {
+        let rows = first..first + s.tokens.len();
+        let narrow = rows.start * narrow..rows.end * narrow;
+        s.cache.extend(layer, &q[rows.start * wide..rows.end * wide], &k[narrow.clone()], &v[narrow], prefill, out)
+    };
+    let (mut short, mut first) = (Vec::new(), 0);
+    for s in steps {
+        let n = s.tokens.len();
+        let (of_step, rest) = out.split_at_mut(n * wide);
+        if n > 1 || s.cache.len() >= ALONE_FROM {
+            extend(s, first, of_step)?;
+        } else {
+            short.push((s, first, of_step, Ok(())));
+        }
+        (out, first) = (rest, first + n);
+    }
+    threads::for_each_mut(&mut short, |_, (s, first, out, done)| *done = extend(s, *first, out));
+    short.into_iter().try_for_each(|(.., done)| done)
 }

@@ -22,9 +22,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use kvquant_cache::{Cache, Prefill, SessionIdentity};
+use kvquant_kernels::threads;
 use kvquant_model::{ForwardError, Logits, Model, Step, Tokenizer, Workspace};
 use kvquant_quant::pack::BLOCK_TOKENS;
-use rayon::prelude::*;
 
 use crate::metrics::Metrics;
 use crate::prefixes::{Key, Prefixes, root};
@@ -125,9 +125,7 @@ pub fn start(
         stats_at: None,
         stopped: false,
     };
-    // Within the pool, a parallel region starts at once; from outside it costs two context switches.
-    let run = move || rayon::scope(move |_| worker.run());
-    let thread = std::thread::Builder::new().name("engine".into()).spawn(run)?;
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || worker.run())?;
     Ok((engine, thread))
 }
 
@@ -226,15 +224,14 @@ impl Worker {
             Err(e) => turns.iter().map(|t| t.map(|_| Err(Failure::Model(e.to_string())))).collect(),
         };
         let tokenizer = &*self.served.tokenizer;
-        let advances: Vec<_> = self.running.iter_mut().zip(&turns).zip(results).collect();
-        let over: Vec<bool> = advances
-            .into_par_iter()
-            .with_max_len(1)
-            .map(|((sequence, turn), result)| match (turn, result) {
-                (Some(turn), Some(result)) => sequence.advance(*turn, result, tokenizer),
-                _ => false,
-            })
+        let mut over = vec![false; self.running.len()];
+        let sequences = self.running.iter_mut().zip(&turns).zip(results).zip(&mut over);
+        let mut advances: Vec<_> = sequences
+            .filter_map(|(((sequence, turn), result), over)| Some((sequence, (*turn)?, Some(result?), over)))
             .collect();
+        threads::for_each_mut(&mut advances, |_, (sequence, turn, result, over)| {
+            **over = result.take().is_some_and(|result| sequence.advance(*turn, result, tokenizer));
+        });
         self.work = work;
         let metrics = self.shared.metrics.clone();
         let prompt: usize = turns.iter().flatten().map(|t| if t.decode { 0 } else { t.tokens }).sum();

@@ -15,6 +15,7 @@ use std::ops::Range;
 
 use super::layout::BLOCK;
 use crate::dispatch::Isa;
+use crate::threads;
 
 /// Tokens of a strip, at most.
 pub(super) const STRIP: usize = 8;
@@ -52,18 +53,18 @@ impl Quantized {
         let stride = self.blocks * stride(parts);
         // Every word is written below.
         self.words.resize(self.tokens * stride, 0);
-        if x.len() < PARALLEL_FROM || self.tokens <= STRIP {
-            let mut rest = self.words.as_mut_slice();
-            for s in strips(self.tokens, STRIP) {
-                let (strip, more) = rest.split_at_mut(s.len() * stride);
-                quantize(isa, parts, &x[s.start * cols..s.end * cols], cols, strip);
-                rest = more;
-            }
-            return;
+        let mut rest = self.words.as_mut_slice();
+        let strips = strips(self.tokens, STRIP).map(|s| {
+            let (strip, more) = std::mem::take(&mut rest).split_at_mut(s.len() * stride);
+            rest = more;
+            (&x[s.start * cols..s.end * cols], strip)
+        });
+        if x.len() < PARALLEL_FROM {
+            strips.for_each(|(x, words)| quantize(isa, parts, x, cols, words));
+        } else {
+            let mut strips: Vec<_> = strips.collect();
+            threads::for_each_mut(&mut strips, |_, (x, words)| quantize(isa, parts, x, cols, words));
         }
-        let n = self.tokens.div_ceil(STRIP);
-        let all = Strips { isa, parts, cols, stride, tokens: self.tokens, n };
-        all.quantize(x, &mut self.words, 0..n);
     }
 
     pub fn tokens(&self) -> usize {
@@ -80,31 +81,6 @@ impl Quantized {
         let (start, end) = (i * self.tokens / n, (i + 1) * self.tokens / n);
         let stride = self.blocks * stride(self.parts);
         (start, end - start, &self.words[start * stride..end * stride])
-    }
-}
-
-/// All strips of some activations.
-struct Strips {
-    isa: Isa,
-    parts: usize,
-    cols: usize,
-    /// Words of a token.
-    stride: usize,
-    tokens: usize,
-    /// Strips.
-    n: usize,
-}
-
-impl Strips {
-    /// Strips `of` in parallel: halves them until one is left.
-    fn quantize(&self, x: &[f32], words: &mut [u32], of: Range<usize>) {
-        if of.len() == 1 {
-            return quantize(self.isa, self.parts, x, self.cols, words);
-        }
-        let (start, mid) = (of.start * self.tokens / self.n, of.start + of.len() / 2);
-        let first = mid * self.tokens / self.n - start;
-        let ((x, more_x), (words, more)) = (x.split_at(first * self.cols), words.split_at_mut(first * self.stride));
-        rayon::join(|| self.quantize(x, words, of.start..mid), || self.quantize(more_x, more, mid..of.end));
     }
 }
 

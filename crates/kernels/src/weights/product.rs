@@ -1,12 +1,7 @@
 //! y = x W^T: how a product is cut into tasks, and which kernel works on each.
-//!
-//! A call from within a rayon worker (`rayon::scope`, `ThreadPool::install`) starts its tasks at once; from any other
-//! thread it pays two context switches (15 us), which is as much as a small product. So generation loops belong inside.
 
 use std::cell::Cell;
 use std::ops::Range;
-
-use rayon::prelude::*;
 
 use super::activations::{Quantized, STRIP, stride, strips};
 use super::layout::{BLOCK, ROWS};
@@ -16,6 +11,7 @@ use super::{Activations, Weight, floats, integers};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 use crate::dispatch::Isa;
+use crate::threads;
 
 /// Weights that can share an input.
 const FUSED: usize = 4;
@@ -97,11 +93,7 @@ pub fn matmul_fused(activations: Activations, weights: &[&Weight], x: &[f32], m:
         // SAFETY: tasks are disjoint parts of the outputs (`Plan`), and each output is [m, w.rows].
         unsafe { multiply(activations, weights[at], panels, x, m, &quantized, strips, sinks[at]) }
     };
-    if plan.tasks() == 1 {
-        work(0);
-    } else {
-        (0..plan.tasks()).into_par_iter().with_max_len(1).for_each(work);
-    }
+    threads::for_each(plan.tasks(), work);
     QUANTIZED.set(quantized);
 }
 
@@ -127,7 +119,7 @@ struct Plan {
 impl Plan {
     fn new(activations: Activations, weights: &[&Weight], m: usize) -> Plan {
         let strips = m.div_ceil(STRIP);
-        let wanted = TASKS * rayon::current_num_threads();
+        let wanted = TASKS * threads::count();
         let total: usize = weights.iter().map(|w| w.panels()).sum();
         let chunk = if weights.iter().all(|w| w.integers(activations)) {
             (CHUNK / (STRIP * weights[0].cols / BLOCK * stride(activations.parts()) * 4)).max(1)
