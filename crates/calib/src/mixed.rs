@@ -85,39 +85,53 @@ pub(crate) fn fits(layers: &[(Books, Books)], hundredths: u32) -> Vec<LayerFit> 
 }
 
 fn side_fit(books: &Books, units: &[Unit], widths: &[u8]) -> SideFit {
-    // Within a head, units of one width together: they are decoded as one run.
-    let a_head = books.head_dim / UNIT_CHANNELS;
-    let mut sorted: Vec<(&Unit, u8)> = units.iter().zip(widths.iter().copied()).collect();
-    sorted.chunks_exact_mut(a_head).for_each(|head| head.sort_by_key(|(_, b)| std::cmp::Reverse(*b)));
-    let mut fit = MixedFit {
-        widths: sorted.iter().map(|(_, b)| *b).collect(),
-        order: Vec::new(),
-        steps: Vec::new(),
-        posts: Vec::new(),
-        transform: books.transform.clone(),
-    };
-    let mut tops = vec![0.0f32; books.channels.len()];
-    for (unit, bits) in &sorted {
-        unit.channels.iter().for_each(|&c| tops[c as usize] = books.channels[c as usize].top(*bits));
+    let (d, channels) = (books.head_dim, &books.channels);
+    let mut of_channel = vec![0; channels.len()];
+    for (unit, bits) in units.iter().zip(widths) {
+        unit.channels.iter().for_each(|&c| of_channel[c as usize] = *bits);
     }
+    let order = order(books, &of_channel);
+    let mut tops: Vec<f32> = channels.iter().zip(&of_channel).map(|(c, bits)| c.top(*bits)).collect();
     if books.side == Side::Key {
         // A rotation mixes the channels of a pair: they share a step.
         tops.as_chunks_mut::<2>().0.iter_mut().for_each(|pair| *pair = [pair[0].max(pair[1]); 2]);
     }
-    for (unit, bits) in sorted {
-        for c in unit.channels {
-            let (channel, top) = (&books.channels[c as usize], tops[c as usize]);
-            let step = if top > 0.0 { (top / f32::from(TOP)).max(f32::MIN_POSITIVE) } else { 1.0 };
-            let posts = channel.entries(bits, step);
-            debug_assert_eq!(posts.len(), Table::entries(bits.into()));
-            fit.order.push(c % books.head_dim as u16);
-            fit.steps.push(step);
-            fit.posts.extend(posts);
-        }
+    let mut fit = MixedFit {
+        widths: order.iter().step_by(UNIT_CHANNELS).map(|c| of_channel[*c]).collect(),
+        order: order.iter().map(|c| (c % d) as u16).collect(),
+        steps: Vec::new(),
+        posts: Vec::new(),
+        transform: books.transform.clone(),
+    };
+    for &c in &order {
+        let (top, bits) = (tops[c], of_channel[c]);
+        let step = if top > 0.0 { (top / f32::from(TOP)).max(f32::MIN_POSITIVE) } else { 1.0 };
+        let posts = channels[c].entries(bits, step);
+        debug_assert_eq!(posts.len(), Table::entries(bits.into()));
+        fit.steps.push(step);
+        fit.posts.extend(posts);
     }
-    let lower = books.channels.iter().map(|c| c.lower).collect();
-    let upper = books.channels.iter().map(|c| c.upper).collect();
+    let mut lower: Vec<f32> = channels.iter().map(|c| c.lower).collect();
+    let mut upper: Vec<f32> = channels.iter().map(|c| c.upper).collect();
+    if books.side == Side::Value {
+        // Axes of a basis may have any order: that of their places, so that kernels need not look it up.
+        fit.order = (0..order.len()).map(|place| (place % d) as u16).collect();
+        fit.transform = order.iter().flat_map(|c| &books.transform[c * d..(c + 1) * d]).copied().collect();
+        (lower, upper) = (order.iter().map(|c| lower[*c]).collect(), order.iter().map(|c| upper[*c]).collect());
+    }
     SideFit { lower, upper, encode: Vec::new(), decode: Vec::new(), mixed: Some(fit) }
+}
+
+/// The channel of each place: within a head units of one width together, which are decoded as one run, wide ones first. Of
+/// keys both channels of a RoPE pair side by side, where their widths are equal: such pairs need no room before they are
+/// turned.
+fn order(books: &Books, widths: &[u8]) -> Vec<usize> {
+    let is_whole = |c: usize| books.side == Side::Key && widths[c] == widths[c ^ 1];
+    let mut order: Vec<usize> = (0..widths.len()).collect();
+    for head in order.chunks_exact_mut(books.head_dim) {
+        head.sort_by_key(|&c| (std::cmp::Reverse(widths[c]), !is_whole(c)));
+    }
+    order
 }
 
 #[cfg(test)]

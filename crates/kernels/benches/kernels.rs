@@ -10,7 +10,7 @@ use std::fmt;
 
 use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
-use history::{HEAD_DIM, History};
+use history::{HEAD_DIM, History, Kind};
 use kvquant_kernels::attend::{BLOCKS as AT_ONCE, BlockView, Kernels, Rows};
 use kvquant_kernels::rope::{BlockTable, Rope, Rotation};
 use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS, get_code, pack_unit, set_codes, unit_bytes};
@@ -20,8 +20,8 @@ const GROUP: usize = 3;
 /// Blocks that take turns.
 const BLOCKS: usize = 64;
 const ELEMENTS: usize = HEAD_DIM * BLOCK_TOKENS;
-/// Outliers a unit of 256: about 1 %.
-const OUTLIERS: usize = 3;
+/// Outliers of a thousand entries.
+const OUTLIERS: usize = 10;
 
 /// Widths of a head's units, in turns.
 const WIDTHS: [&[u8]; 8] = [&[1], &[2], &[3], &[4], &[5], &[6], &[7], &[5, 3, 3, 1]];
@@ -46,12 +46,17 @@ impl fmt::Display for Case {
     }
 }
 
+/// Sides of mixed widths hold their channels in another order.
+fn kind(widths: &[u8], token_scales: bool, outliers: usize) -> Kind<'_> {
+    Kind { widths, token_scales, reordered: widths.len() > 1, outliers: outliers as f64 }
+}
+
 /// Every width on every backend, for sides with or without scales of tokens; 2 to 4 bits with outliers too.
 fn cases(token_scales: bool, blocks: usize) -> Vec<Case> {
     let widths = WIDTHS.into_iter().filter(|widths| !token_scales || widths.len() == 1 && widths[0] <= 4);
     let with_outliers = [&[2][..], &[3], &[4]].map(|widths| (widths, OUTLIERS));
     let of = |(widths, outliers)| {
-        let bytes = blocks * History::new(1, widths, token_scales, outliers).block_bytes();
+        let bytes = blocks * History::new(1, kind(widths, token_scales, outliers)).block_bytes();
         Kernels::available().into_iter().rev().map(move |kernels| Case { kernels, widths, outliers, bytes })
     };
     widths.map(|widths| (widths, 0)).chain(with_outliers).flat_map(of).collect()
@@ -84,8 +89,8 @@ impl Setup {
         let rope = Rope { inv_freq: (0..HEAD_DIM / 2).map(|i| 100_000f64.powf(-(i as f64) / 32.0)).collect() };
         let noise = |i: usize| (i * 37 % 101) as f32 / 101.0 - 0.5;
         Setup {
-            keys: History::new(BLOCKS, widths, false, outliers),
-            values: History::new(BLOCKS, widths, scaled, outliers),
+            keys: History::new(BLOCKS, kind(widths, false, outliers)),
+            values: History::new(BLOCKS, Kind { reordered: false, ..kind(widths, scaled, outliers) }),
             table: rope.block_table(),
             origin: rope.rotation(6400),
             q: (0..GROUP * HEAD_DIM).map(noise).collect(),

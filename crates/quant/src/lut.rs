@@ -103,7 +103,7 @@ impl Lut {
     }
 
     /// Tables by place with widths that differ.
-    pub(crate) fn mixed(fit: &MixedFit) -> Self {
+    pub(crate) fn mixed(fit: &MixedFit, head_dim: usize) -> Self {
         let mut rest = &fit.posts[..];
         let tables = (0..fit.steps.len()).map(|place| {
             let (entries, next) = rest.split_at(Table::entries(fit.widths[place / UNIT_CHANNELS] as u32));
@@ -111,8 +111,9 @@ impl Lut {
             Table::from_entries(entries)
         });
         let tables = tables.collect();
-        let (widths, steps, order) = (fit.widths.clone(), fit.steps.clone(), fit.order.clone());
-        Lut { per_channel: true, widths, tables, steps, order }
+        let in_order = fit.order.iter().enumerate().all(|(place, c)| place % head_dim == *c as usize);
+        let order = if in_order { Vec::new() } else { fit.order.clone() };
+        Lut { per_channel: true, widths: fit.widths.clone(), tables, steps: fit.steps.clone(), order }
     }
 
     /// The dense value of a code at a place, before any per-token scale.

@@ -258,10 +258,10 @@ impl SideQuantizer {
     }
 
     fn mixed(fit: &SideFit, mixed: &MixedFit, head_dim: usize) -> Self {
-        let lut = Lut::mixed(mixed);
-        let channels = lut.order.len();
+        let lut = Lut::mixed(mixed, head_dim);
+        let channels = mixed.order.len();
         let (mut places, mut bounds, mut wide) = (vec![0; channels], Vec::new(), Vec::new());
-        for (place, &c) in lut.order.iter().enumerate() {
+        for (place, &c) in mixed.order.iter().enumerate() {
             let c = place / head_dim * head_dim + c as usize;
             places[c] = place as u16;
             let dense = |code: usize| lut.dense(place, code as u8);

@@ -33,8 +33,11 @@ fn wider_codes_cost_less_and_the_budget_is_kept() {
         for (fit, (k, v)) in fits.iter().zip(&layers) {
             for (fit, books) in [(&fit.keys, k), (&fit.values, v)] {
                 let mixed = fit.mixed.as_ref().unwrap();
-                for (place, c) in mixed.order.iter().enumerate() {
-                    let channel = &books.channels[place / 8 * 8 + *c as usize];
+                for place in 0..mixed.order.len() {
+                    // Axes of values have changed their order: bounds tell them apart.
+                    let c = place / 8 * 8 + mixed.order[place] as usize;
+                    let channel = books.channels.iter().find(|b| (b.lower, b.upper) == (fit.lower[c], fit.upper[c]));
+                    let channel = channel.expect("bounds are the books'");
                     total += channel.cost[mixed.widths[place / 4] as usize];
                 }
             }
@@ -57,6 +60,24 @@ fn wider_codes_cost_less_and_the_budget_is_kept() {
     // Better than the same width for all.
     let same: f64 = layers.iter().flat_map(|(k, v)| k.channels.iter().chain(&v.channels)).map(|c| c.cost[2]).sum();
     assert!(error(&fits(&layers, 200)) < 0.8 * same);
+}
+
+#[test]
+fn values_lie_in_order_and_equal_pairs_of_keys_together() {
+    let books = [Books::new(data(Side::Key, 8), 1), Books::new(data(Side::Value, 8), 1)];
+    let widths = [4, 3, 3, 4, 2, 2, 2, 2, 0, 1, 1, 1, 1, 0, 0, 0];
+    assert_eq!(order(&books[0], &widths), [0, 3, 1, 2, 4, 5, 6, 7, 10, 11, 9, 12, 14, 15, 8, 13]);
+    let layers = [(Books::new(data(Side::Key, 8), 1), Books::new(data(Side::Value, 8), 1))];
+    let fits = fits(&layers, 250);
+    let (books, fit) = (&layers[0].1, &fits[0].values);
+    let mixed = fit.mixed.as_ref().unwrap();
+    assert!(mixed.widths.chunks(2).all(|head| head.is_sorted_by(|a, b| a >= b)));
+    for (place, &c) in mixed.order.iter().enumerate() {
+        assert_eq!(c as usize, place % 8);
+        let axis = &mixed.transform[place * 8..][..8];
+        let channel = books.transform.chunks_exact(8).position(|a| a == axis).expect("the same axes");
+        assert_eq!((channel / 8, fit.lower[place]), (place / 8, books.channels[channel].lower));
+    }
 }
 
 #[test]

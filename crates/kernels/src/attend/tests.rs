@@ -122,8 +122,12 @@ impl Owned {
             Form::Static(b) => o.widths = vec![b as u8; d / 4],
             Form::Mixed => {
                 o.widths = (0..d / 4).map(|_| n.below(8) as u8).collect();
-                o.order = (0..d as u16).collect();
-                (1..d).rev().for_each(|i| o.order.swap(i, n.below(i + 1)));
+                // Pairs in any order; from some place on channels in any order.
+                let mut pairs: Vec<[u16; 2]> = (0..d as u16 / 2).map(|p| [2 * p, 2 * p + 1]).collect();
+                (1..pairs.len()).rev().for_each(|i| pairs.swap(i, n.below(i + 1)));
+                o.order = pairs.into_flattened();
+                let apart = &mut o.order[n.below(d + 1)..];
+                (1..apart.len()).rev().for_each(|i| apart.swap(i, n.below(i + 1)));
             }
             Form::Token(b, g, zero) => {
                 o.widths = vec![b as u8; d / 4];
@@ -441,6 +445,7 @@ fn parts_that_do_not_fit_are_refused() {
     refused(|o| o.counts.truncate(1), "outlier counts");
     refused(|o| o.tables.truncate(7), "tables");
     refused(|o| o.order[0] = 8, "order (channels of the head)");
+    refused(|o| o.order[0] = o.order[1], "order (channels of the head)");
     refused(|o| o.counts[0] += 1, "outliers");
     refused(|o| o.residuals.push([0; 2]), "residuals");
     let scaled = |group| HeadLut::new(&good.widths, &good.tables[..1], &good.steps[..1], &[], Some(group));

@@ -9,6 +9,8 @@ use kvquant_quant::pack::{BLOCK_TOKENS, MAX_BITS, UNIT_CHANNELS, VECTOR, sum_of,
 use crate::rope::Rotation;
 
 pub(super) const TOKENS: usize = BLOCK_TOKENS;
+/// Channels of a head, at most: as many units as a mask has bits.
+const MOST_CHANNELS: usize = UNIT_CHANNELS * u128::BITS as usize;
 /// Codes (and f32 places) in a unit.
 #[cfg(target_arch = "x86_64")]
 pub(super) const UNIT: usize = UNIT_CHANNELS * BLOCK_TOKENS;
@@ -41,10 +43,42 @@ pub struct HeadLut<'a> {
     pub(super) steps: &'a [f32],
     /// The channel that each place holds `[head_dim]`; empty where they are the same.
     pub(super) order: &'a [u16],
+    #[cfg(target_arch = "x86_64")]
+    pairs: Pairs,
     /// Channels that share a per-token scale; none where scales are static.
     group_channels: Option<usize>,
     /// Bytes of a block's codes.
     code_bytes: usize,
+}
+
+/// RoPE pairs of a head whose places have another order.
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug, Clone, Copy)]
+struct Pairs {
+    /// Units that hold two whole pairs, by bits.
+    whole: u128,
+    /// The pairs of all other units, the first `count`.
+    apart: [u8; MOST_CHANNELS / 2],
+    count: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Pairs {
+    fn new(order: &[u16]) -> Self {
+        let mut pairs = Pairs { whole: 0, apart: [0; MOST_CHANNELS / 2], count: 0 };
+        let is_pair = |two: &[u16; 2]| two[0].is_multiple_of(2) && two[1] == two[0] + 1;
+        for (u, unit) in order.as_chunks::<UNIT_CHANNELS>().0.iter().enumerate() {
+            if unit.as_chunks().0.iter().all(is_pair) {
+                pairs.whole |= 1 << u;
+                continue;
+            }
+            for c in unit.iter().filter(|c| *c % 2 == 0) {
+                pairs.apart[pairs.count] = (c / 2) as u8;
+                pairs.count += 1;
+            }
+        }
+        pairs
+    }
 }
 
 impl<'a> HeadLut<'a> {
@@ -61,6 +95,9 @@ impl<'a> HeadLut<'a> {
         group_channels: Option<usize>,
     ) -> Result<Self, ViewError> {
         let head_dim = widths.len() * UNIT_CHANNELS;
+        if head_dim > MOST_CHANNELS {
+            return Err(ViewError { part: "channels (at most)", expected: MOST_CHANNELS, got: head_dim });
+        }
         if let Some(&b) = widths.iter().find(|&&b| b as u32 > MAX_BITS) {
             return Err(ViewError { part: "bits (0 to 7)", expected: MAX_BITS as usize, got: b as usize });
         }
@@ -68,8 +105,17 @@ impl<'a> HeadLut<'a> {
         expect("steps", tables.len(), steps.len())?;
         if !order.is_empty() {
             expect("order", head_dim, order.len())?;
-            if order.iter().any(|&c| c as usize >= head_dim) {
-                return Err(ViewError { part: "order (channels of the head)", expected: head_dim, got: head_dim + 1 });
+            let mut seen = [0u64; MOST_CHANNELS / 64];
+            for &c in order {
+                let word = seen.get_mut(c as usize / 64).filter(|_| (c as usize) < head_dim);
+                let of_another = word.is_none_or(|w| std::mem::replace(w, *w | 1 << (c % 64)) >> (c % 64) & 1 == 1);
+                if of_another {
+                    return Err(ViewError {
+                        part: "order (channels of the head)",
+                        expected: head_dim,
+                        got: c as usize,
+                    });
+                }
             }
         }
         if let Some(group) = group_channels {
@@ -81,7 +127,16 @@ impl<'a> HeadLut<'a> {
             }
         }
         let code_bytes = widths.iter().map(|&b| unit_bytes(b as u32)).sum();
-        Ok(HeadLut { widths, tables, steps, order, group_channels, code_bytes })
+        Ok(HeadLut {
+            widths,
+            tables,
+            steps,
+            order,
+            #[cfg(target_arch = "x86_64")]
+            pairs: Pairs::new(order),
+            group_channels,
+            code_bytes,
+        })
     }
 
     /// Channels of the head.
@@ -208,6 +263,20 @@ impl<'a> CodedView<'a> {
     #[inline(always)]
     pub(super) fn group_channels(&self) -> usize {
         self.lut.group_channels.unwrap_or(self.head_dim())
+    }
+
+    /// Whether a unit holds two whole RoPE pairs, where places have another order.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn is_whole(&self, unit: usize) -> bool {
+        self.lut.pairs.whole >> (unit % u128::BITS as usize) & 1 == 1
+    }
+
+    /// The RoPE pairs of all other units.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn apart(&self) -> &[u8] {
+        &self.lut.pairs.apart[..self.lut.pairs.count]
     }
 
     /// The table and step of a place.

@@ -110,6 +110,15 @@ pub(in super::super) unsafe fn scores<const WIDE: bool>(
     s.local.resize(n * d, 0.0);
     let mut before = None;
     let integer = |block: &BlockView<'_>| matches!(block.key, SideView::Coded(v) if v.scales.is_none());
+    for (b, block) in blocks.iter().enumerate() {
+        if WIDE
+            && let SideView::Coded(v) = &block.key
+            && integer(block)
+        {
+            // SAFETY: passed on.
+            unsafe { avx512::place_keys(&mut s.wide.outliers, b, v, block.origin.map(|_| table)) };
+        }
+    }
     for (b, (block, scores)) in blocks.iter().zip(weights.chunks_exact_mut(n)).enumerate() {
         match block.origin {
             // These turn queries themselves.
@@ -136,7 +145,7 @@ pub(in super::super) unsafe fn scores<const WIDE: bool>(
         match &block.key {
             // SAFETY: passed on.
             SideView::Coded(v) if v.scales.is_none() && WIDE => unsafe {
-                avx512::score(s, rows.q, v, block.origin, table, &mut ahead, scores)
+                avx512::score(s, b, rows.q, v, block.origin, table, &mut ahead, scores)
             },
             SideView::Coded(v) if v.scales.is_none() => score::coded(s, d, v, turn, &mut ahead, scores),
             side => {

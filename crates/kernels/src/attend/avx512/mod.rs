@@ -14,6 +14,7 @@ pub(super) mod tile;
 mod unpack;
 
 pub(super) use mix::coded as mix;
+pub(super) use outliers::place_keys;
 pub(super) use query::factors;
 pub(super) use score::coded as score;
 pub(super) use softmax::softmax;
@@ -30,7 +31,7 @@ pub(super) struct Scratch {
     local: Vec<query::Sixteen>,
     /// The same as integers.
     ints: Vec<query::Eight>,
-    outliers: outliers::Scratch,
+    pub outliers: outliers::Scratch,
 }
 
 /// sums + a * b, products of 16-bit neighbours added in 32 bits.

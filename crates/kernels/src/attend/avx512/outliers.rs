@@ -23,16 +23,16 @@ const SECOND: usize = 16;
 pub(in crate::attend) struct Scratch {
     /// The unit of each outlier.
     units: Vec<u16>,
-    list: List,
+    /// By block: all of them are made before the first is used, since each waits long for its units.
+    lists: Vec<List>,
     /// Sums by channel.
     sums: Vec<Sixteen>,
 }
 
 #[derive(Default)]
 struct List {
-    /// Floats before the rows that are read, and those that are added to.
-    from: Vec<u16>,
-    to: Vec<u16>,
+    /// Floats before the rows that are read; 16 bits further those before the ones that are added to.
+    at: Vec<u32>,
     /// Weight of what is read; of keys that of the pair's second channel too.
     first: Vec<f32>,
     second: Vec<f32>,
@@ -77,16 +77,28 @@ impl Scratch {
             }
             numbers
         };
-        let ends = &ends[..counts.len()];
+        ends[counts.len()..].fill(u8::MAX);
+        let sixteens = &ends.as_chunks::<16>().0[..counts.len().div_ceil(16)];
         for (first, to) in (0..n).step_by(TOKENS).zip(self.units.as_chunks_mut::<TOKENS>().0) {
             // SAFETY: 64 readable bytes; unaligned loads are allowed.
             let number = unsafe { _mm512_loadu_si512(NUMBERS.as_ptr().cast()) };
             let number = _mm512_add_epi8(number, _mm512_set1_epi8(first as u8 as i8));
-            // An outlier's unit is the number of units that end before it.
-            let (mut unit, one) = (_mm512_setzero_si512(), _mm512_set1_epi8(1));
-            for &end in ends {
-                let behind = _mm512_cmple_epu8_mask(_mm512_set1_epi8(end as i8), number);
-                unit = _mm512_mask_add_epi8(unit, behind, unit, one);
+            // An outlier's unit is the number of units that end before it, found by halving.
+            let mut unit = _mm512_setzero_si512();
+            for (i, ends) in sixteens.iter().enumerate() {
+                // SAFETY: 16 readable bytes; unaligned loads are allowed.
+                let ends = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(ends.as_ptr().cast()) });
+                let mut of_these = _mm512_setzero_si512();
+                for step in [8, 4, 2, 1, 1] {
+                    let end = _mm512_shuffle_epi8(ends, _mm512_add_epi8(of_these, _mm512_set1_epi8(step - 1)));
+                    let before = _mm512_cmple_epu8_mask(end, number);
+                    of_these = _mm512_mask_add_epi8(of_these, before, of_these, _mm512_set1_epi8(step));
+                    // Not all of the last units end before an outlier.
+                    if i + 1 == sixteens.len() && step == 1 {
+                        break;
+                    }
+                }
+                unit = _mm512_add_epi8(unit, of_these);
             }
             // SAFETY: 128 writable bytes; unaligned stores are allowed.
             unsafe {
@@ -99,19 +111,29 @@ impl Scratch {
     }
 
     /// Calls `then(list, number of the first, channels, tokens, residuals)` for all outliers of a side, sixteen at a time.
-    /// Every channel is below its `head_dim`, every token below 64; behind the last lie zeros.
+    /// Every channel is below its `head_dim`, every token below 64. What fills up the last sixteen are zeros at places that
+    /// differ, so that a loop over all of them neither ends where no CPU can foresee it nor waits for sums at one place.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    fn sixteens(&mut self, v: &CodedView<'_>, mut then: impl FnMut(&mut List, usize, __m512i, __m512i, __m512)) {
+    fn sixteens(
+        &mut self,
+        block: usize,
+        v: &CodedView<'_>,
+        mut then: impl FnMut(&mut List, usize, __m512i, __m512i, __m512),
+    ) {
         let (places, residuals) = (v.outliers.places, v.outliers.residuals);
         let n = places.len();
         self.units(v.outliers.counts, n);
-        let list = &mut self.list;
+        if self.lists.len() <= block {
+            self.lists.resize_with(block + 1, List::default);
+        }
+        let list = &mut self.lists[block];
         let whole = n.next_multiple_of(LANES);
-        grow(&mut list.from, whole);
-        grow(&mut list.to, whole);
+        grow(&mut list.at, whole);
         grow(&mut list.first, whole);
         grow(&mut list.second, whole);
+        let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let spare = _mm512_min_epu32(lane, _mm512_set1_epi32(v.head_dim() as i32 - 1));
         for (i, units) in (0..n).step_by(LANES).zip(self.units.as_chunks::<LANES>().0) {
             let some = lanes(i, n);
             // SAFETY: only lanes that lie in the slices, which are of one length, are read.
@@ -124,28 +146,55 @@ impl Scratch {
             const UNIT_BITS: u32 = UNIT_CHANNELS.trailing_zeros();
             let mut channel = _mm512_add_epi32(_mm512_slli_epi32::<UNIT_BITS>(unit), _mm512_srli_epi32::<6>(place));
             if !v.lut.order.is_empty() {
-                let mut all = [0u32; LANES];
-                // SAFETY: 64 writable bytes; unaligned stores are allowed.
-                unsafe { _mm512_storeu_si512(all.as_mut_ptr().cast(), channel) };
-                all.iter_mut().for_each(|c| *c = v.lut.order[*c as usize] as u32);
-                // SAFETY: 64 readable bytes; unaligned loads are allowed.
-                channel = unsafe { _mm512_loadu_si512(all.as_ptr().cast()) };
+                channel = ordered(v.lut.order, channel);
             }
             let token = _mm512_and_si512(place, _mm512_set1_epi32(TOKENS as i32 - 1));
+            let (channel, token) =
+                (_mm512_mask_mov_epi32(spare, some, channel), _mm512_mask_mov_epi32(lane, some, token));
             then(list, i, channel, token, residual);
         }
     }
 }
 
+/// The channels that some places hold.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn ordered(order: &[u16], places: __m512i) -> __m512i {
+    let mut channels = _mm512_setzero_si512();
+    for (i, part) in order.chunks(64).enumerate() {
+        let all = |first: usize| {
+            let part = &part[first.min(part.len())..];
+            let some = if part.len() < 32 { (1 << part.len()) - 1 } else { !0 };
+            // SAFETY: only words that lie in the slice are read.
+            unsafe { _mm512_maskz_loadu_epi16(some, part.as_ptr().cast()) }
+        };
+        let here = _mm512_cmpeq_epi32_mask(_mm512_srli_epi32::<6>(places), _mm512_set1_epi32(i as i32));
+        let found = _mm512_permutex2var_epi16(all(0), places, all(32));
+        channels = _mm512_mask_mov_epi32(channels, here, _mm512_and_si512(found, _mm512_set1_epi32(0xffff)));
+    }
+    channels
+}
+
 impl List {
+    /// Sixteen outliers at a time, `n` in all: where each reads and adds, and what its parts weigh.
+    fn sixteens(&self, n: usize) -> impl Iterator<Item = (&[u32; LANES], [&[f32; LANES]; 2])> {
+        let weights = self.first.as_chunks().0.iter().zip(self.second.as_chunks().0);
+        self.at
+            .as_chunks()
+            .0
+            .iter()
+            .zip(weights)
+            .take(n.div_ceil(LANES))
+            .map(|(at, (first, second))| (at, [first, second]))
+    }
+
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
     fn places(&mut self, i: usize, from: __m512i, to: __m512i) {
-        for (list, x) in [(&mut self.from, from), (&mut self.to, to)] {
-            let list: &mut [u16; LANES] = list[i..].first_chunk_mut().expect("lists hold whole vectors");
-            // SAFETY: 32 writable bytes; unaligned stores are allowed.
-            unsafe { _mm256_storeu_si256(list.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(_mm512_slli_epi32::<2>(x))) };
-        }
+        let both = _mm512_or_si512(_mm512_slli_epi32::<2>(from), _mm512_slli_epi32::<18>(to));
+        let list: &mut [u32; LANES] = self.at[i..].first_chunk_mut().expect("lists hold whole vectors");
+        // SAFETY: 64 writable bytes; unaligned stores are allowed.
+        unsafe { _mm512_storeu_si512(list.as_mut_ptr().cast(), both) };
     }
 }
 
@@ -193,20 +242,16 @@ fn cycles_of(table: &BlockTable, pair: __m512i) -> __m512 {
     }
 }
 
-/// Rows by token: residuals times the queries' shares of their channels at their tokens. `local` holds the queries.
+/// Makes the list of a block's keys.
 ///
 /// A key that lies at R(t) e_c has the share cos q[c] + sin q[c + 1] in a query if c is even, cos q[c] - sin q[c - 1] if not.
-#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) fn score(
-    s: &mut Scratch,
-    local: &[Sixteen],
-    v: &CodedView<'_>,
-    turn: Option<&BlockTable>,
-) -> [Sixteen; TOKENS / 16] {
-    let mut sums = [Sixteen::default(); TOKENS / 16];
-    assert!(local.len() >= v.head_dim().div_ceil(16) && turn.is_none_or(|t| t.cycles.len() >= v.head_dim() / 2));
-    s.sixteens(v, |list, i, channel, token, residual| {
+pub(in crate::attend) fn place_keys(s: &mut Scratch, block: usize, v: &CodedView<'_>, turn: Option<&BlockTable>) {
+    assert!(turn.is_none_or(|t| t.cycles.len() >= v.head_dim() / 2));
+    if v.outliers.places.is_empty() {
+        return;
+    }
+    s.sixteens(block, v, |list, i, channel, token, residual| {
         let one = _mm512_set1_epi32(1);
         let (even, pair) = (_mm512_testn_epi32_mask(channel, one), _mm512_srli_epi32::<1>(channel));
         let (cos, sin) = match turn {
@@ -220,18 +265,28 @@ pub(super) fn score(
         store(&mut list.first, i, _mm512_mask_sub_ps(cos, !even, _mm512_setzero_ps(), sin));
         store(&mut list.second, i, _mm512_mask_mov_ps(cos, even, sin));
     });
+}
+
+/// Rows by token: residuals times the queries' shares of their channels at their tokens, from the block's list.
+/// `local` holds the queries.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(super) fn score(s: &Scratch, block: usize, local: &[Sixteen], v: &CodedView<'_>) -> [Sixteen; TOKENS / 16] {
+    let mut sums = [Sixteen::default(); TOKENS / 16];
+    assert!(local.len() >= v.head_dim().div_ceil(16));
     let from: *const f32 = local.as_ptr().cast();
     let to: *mut f32 = sums.as_mut_ptr().cast();
-    let list = &s.list;
-    let weights = list.first.iter().zip(&list.second);
-    for ((&f, &t), (&a, &b)) in list.from.iter().zip(&list.to).zip(weights).take(v.outliers.places.len()) {
-        // SAFETY: channels are below head_dim, which is even, and tokens below 64 (`Scratch::sixteens`): `local`, as checked
-        // above, and `sums` have a place for each.
-        unsafe {
-            let (x, y) = (_mm_loadu_ps(from.add(f as usize)), _mm_loadu_ps(from.add(f as usize + SECOND)));
-            let to = to.add(t as usize);
-            let sum = _mm_fmadd_ps(x, _mm_set1_ps(a), _mm_loadu_ps(to));
-            _mm_storeu_ps(to, _mm_fmadd_ps(y, _mm_set1_ps(b), sum));
+    for (at, [first, second]) in s.lists[block].sixteens(v.outliers.places.len()) {
+        for i in 0..LANES {
+            let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
+            // SAFETY: channels are below head_dim, which is even, and tokens below 64 (`Scratch::sixteens`): `local`, as
+            // checked above, and `sums` have a place for each.
+            unsafe {
+                let (x, y) = (_mm_loadu_ps(from.add(f)), _mm_loadu_ps(from.add(f + SECOND)));
+                let to = to.add(t);
+                let sum = _mm_fmadd_ps(x, _mm_set1_ps(first[i]), _mm_loadu_ps(to));
+                _mm_storeu_ps(to, _mm_fmadd_ps(y, _mm_set1_ps(second[i]), sum));
+            }
         }
     }
     sums
@@ -253,21 +308,26 @@ pub(super) fn mix<const R: usize>(
     sums.clear();
     sums.resize(d.div_ceil(16), Sixteen::default());
     for (b, v) in blocks.iter().enumerate() {
-        assert!(v.head_dim() <= d);
-        s.sixteens(v, |list, i, channel, token, residual| {
+        s.sixteens(b, v, |list, i, channel, token, residual| {
             list.places(i, place_of(token), place_of(channel));
             store(&mut list.first, i, residual);
         });
+    }
+    for (b, v) in blocks.iter().enumerate() {
+        assert!(v.head_dim() <= d);
         let weights = weights(b);
         let from: *const f32 = weights.as_ptr().cast();
         let to: *mut f32 = sums.as_mut_ptr().cast();
-        let list = &s.list;
-        for ((&f, &t), &a) in list.from.iter().zip(&list.to).zip(&list.first).take(v.outliers.places.len()) {
-            // SAFETY: channels are below head_dim and tokens below 64 (`Scratch::sixteens`): both slices have a place for each.
-            unsafe {
-                let to = to.add(t as usize);
-                let x = _mm_loadu_ps(from.add(f as usize));
-                _mm_storeu_ps(to, _mm_fmadd_ps(x, _mm_set1_ps(a), _mm_loadu_ps(to)));
+        for (at, [first, _]) in s.lists[b].sixteens(v.outliers.places.len()) {
+            for i in 0..LANES {
+                let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
+                // SAFETY: channels are below head_dim and tokens below 64 (`Scratch::sixteens`): both slices have a place for
+                // each.
+                unsafe {
+                    let to = to.add(t);
+                    let x = _mm_loadu_ps(from.add(f));
+                    _mm_storeu_ps(to, _mm_fmadd_ps(x, _mm_set1_ps(first[i]), _mm_loadu_ps(to)));
+                }
             }
         }
     }

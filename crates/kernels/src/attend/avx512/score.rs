@@ -1,7 +1,7 @@
 //! Scores from codes with static tables: see AVX2's file of this name.
 //!
-//! Here a pair of channels goes from codes to sums without leaving registers, where the channels lie in their own order;
-//! where they don't, or where several groups of rows need them, signposts are stored first.
+//! Here a pair of channels goes from codes to sums without leaving registers where a unit holds both; where it doesn't, or
+//! where several groups of rows need them, signposts are stored first.
 
 use std::arch::x86_64::*;
 
@@ -24,6 +24,7 @@ type Sums<const R: usize> = [[__m512i; 4]; R];
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in crate::attend) fn coded(
     s: &mut Scratch,
+    block: usize,
     q: &[f32],
     v: &CodedView<'_>,
     origin: Option<&Rotation>,
@@ -33,31 +34,36 @@ pub(in crate::attend) fn coded(
 ) {
     let d = v.head_dim();
     let turn = origin.map(|_| table);
-    let stored = !v.lut.order.is_empty() || scores.len() > ROWS;
-    if stored {
+    let stored = scores.len() > ROWS;
+    if stored || !v.lut.order.is_empty() {
         s.signposts.resize(d, Signs([0; TOKENS]));
+    }
+    if stored {
         for run in v.runs() {
             by_width!(run, signposts::<_>(v, &run, ahead, &mut s.signposts));
         }
     }
     s.wide.ints.resize(d.div_ceil(16), Eight::default());
     s.wide.local.resize(d.div_ceil(16), Sixteen::default());
-    let keys = Keys { v, turn, signposts: stored.then_some(&s.signposts[..]) };
+    let keys = Keys { v, block, turn, stored };
     let steps = steps_of(v, &s.steps);
     let rows_of = q.chunks(ROWS * d).zip(s.wide.factors.chunks(ROWS)).zip(scores.chunks_mut(ROWS));
     for ((q, factors), scores) in rows_of {
-        let (ints, local, outliers) = (&mut s.wide.ints[..], &mut s.wide.local[..], &mut s.wide.outliers);
-        by_rows!(scores.len(), rows::<_>(q, &keys, origin, steps, factors, ahead, ints, local, outliers, scores));
+        let (ints, local, outliers) = (&mut s.wide.ints[..], &mut s.wide.local[..], &s.wide.outliers);
+        let room = &mut s.signposts[..];
+        by_rows!(scores.len(), rows::<_>(q, &keys, origin, steps, factors, ahead, room, ints, local, outliers, scores));
     }
 }
 
 /// A block's keys.
 struct Keys<'a> {
     v: &'a CodedView<'a>,
+    /// Which of the call's.
+    block: usize,
     /// None: they are stored turned.
     turn: Option<&'a BlockTable>,
-    /// None: they go from codes to scores in registers.
-    signposts: Option<&'a [Signs]>,
+    /// Whether all signposts are stored.
+    stored: bool,
 }
 
 #[inline]
@@ -65,6 +71,22 @@ struct Keys<'a> {
 fn load(from: &[i16; 32]) -> __m512i {
     // SAFETY: 64 readable bytes; unaligned loads are allowed.
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn get(from: &Signs) -> Signposts {
+    let [low, high] = from.0.as_chunks().0 else { unreachable!("64 tokens") };
+    [load(low), load(high)]
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn put(to: &mut Signs, signposts: Signposts) {
+    for (to, x) in to.0.as_chunks_mut::<32>().0.iter_mut().zip(signposts) {
+        // SAFETY: 64 writable bytes; unaligned stores are allowed.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) };
+    }
 }
 
 /// Signposts of a run, channel by channel.
@@ -75,21 +97,16 @@ fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'
         ahead.lines(lines_a_unit(B));
         let [low, high] = unpack::codes::<B>(unit);
         for i in 0..UNIT_CHANNELS {
-            let row = rows[v.channel(u * UNIT_CHANNELS + i)].0.as_chunks_mut::<32>().0;
-            for (to, x) in row.iter_mut().zip(unpack::look_up::<B>(&tables[i], low[i], high[i])) {
-                // SAFETY: 64 writable bytes; unaligned stores are allowed.
-                unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) };
-            }
+            put(&mut rows[v.channel(u * UNIT_CHANNELS + i)], unpack::look_up::<B>(&tables[i], low[i], high[i]));
         }
     }
 }
 
-/// Integer queries of a unit's first and second pair, four rows each.
+/// Integer queries of a pair, four rows.
 #[inline(always)]
-fn queries_of(ints: &[Eight], unit: usize) -> [&[i32; ROWS]; 2] {
-    let Eight(pairs) = &ints[unit / 4];
-    let (quarter, half) = (unit % 2 * 2, unit / 2 % 2);
-    [&pairs[quarter][half], &pairs[quarter + 1][half]]
+fn queries_of(ints: &[Eight], pair: usize) -> &[i32; ROWS] {
+    let Eight(pairs) = &ints[pair / 8];
+    &pairs[pair % 4][pair / 4 % 2]
 }
 
 /// sums += a pair of channels times the queries. Keys are turned first where TURN is true.
@@ -125,7 +142,8 @@ fn rotate(x: __m512i, y: __m512i, cos: __m512i, sin: __m512i) -> (__m512i, __m51
     )
 }
 
-/// sums += the pairs of a run, straight from the codes.
+/// sums += the pairs of a run, straight from the codes. Where places have another order: the pairs of which a unit holds both
+/// channels; signposts of the others are stored.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn add_run<const B: u32, const R: usize, const TURN: bool>(
     v: &CodedView<'_>,
@@ -133,40 +151,50 @@ fn add_run<const B: u32, const R: usize, const TURN: bool>(
     ints: &[Eight],
     turns: &[Turns16],
     ahead: &mut Ahead<'_>,
+    room: &mut [Signs],
     all: &mut Sums<R>,
 ) {
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
     let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
-    let turns = turns.as_chunks::<2>().0;
+    let order = v.lut.order.as_chunks::<UNIT_CHANNELS>().0;
     for ((u, unit), tables) in units::<B>(run).zip(tables) {
         ahead.lines(lines_a_unit(B));
         let [low, high] = unpack::codes::<B>(unit);
-        let queries = queries_of(ints, u);
-        let turn = if TURN { Some(&turns[u]) } else { None };
-        for p in [0, 1] {
-            let x = unpack::look_up::<B>(&tables[2 * p], low[2 * p], high[2 * p]);
-            let y = unpack::look_up::<B>(&tables[2 * p + 1], low[2 * p + 1], high[2 * p + 1]);
-            add_pair::<R, TURN>(&mut sums, queries[p], turn.map(|t| &t[p]), x, y);
+        let pairs = match order.get(u) {
+            None => [2 * u, 2 * u + 1],
+            Some(channels) if v.is_whole(u) => [channels[0] as usize / 2, channels[2] as usize / 2],
+            Some(channels) => {
+                for i in 0..UNIT_CHANNELS {
+                    put(&mut room[channels[i] as usize], unpack::look_up::<B>(&tables[i], low[i], high[i]));
+                }
+                continue;
+            }
+        };
+        for (i, pair) in pairs.into_iter().enumerate() {
+            let x = unpack::look_up::<B>(&tables[2 * i], low[2 * i], high[2 * i]);
+            let y = unpack::look_up::<B>(&tables[2 * i + 1], low[2 * i + 1], high[2 * i + 1]);
+            let turn = if TURN { Some(&turns[pair]) } else { None };
+            add_pair::<R, TURN>(&mut sums, queries_of(ints, pair), turn, x, y);
         }
     }
     add(all, &sums);
 }
 
-/// sums += all pairs, from stored signposts.
+/// sums += some pairs, from stored signposts.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn add_stored<const R: usize, const TURN: bool>(keys: &[Signs], ints: &[Eight], turns: &[Turns16], all: &mut Sums<R>) {
+fn add_stored<const R: usize, const TURN: bool>(
+    pairs: impl Iterator<Item = usize>,
+    keys: &[Signs],
+    ints: &[Eight],
+    turns: &[Turns16],
+    all: &mut Sums<R>,
+) {
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
-    let turns = turns.as_chunks::<2>().0;
-    for (u, keys) in keys.as_chunks::<UNIT_CHANNELS>().0.iter().enumerate() {
-        let queries = queries_of(ints, u);
-        let turn = if TURN { Some(&turns[u]) } else { None };
-        let halves = |i: usize| {
-            let halves = keys[i].0.as_chunks::<32>().0;
-            [load(&halves[0]), load(&halves[1])]
-        };
-        for p in [0, 1] {
-            add_pair::<R, TURN>(&mut sums, queries[p], turn.map(|t| &t[p]), halves(2 * p), halves(2 * p + 1));
-        }
+    let keys = keys.as_chunks::<2>().0;
+    for pair in pairs {
+        let [x, y] = &keys[pair];
+        let turn = if TURN { Some(&turns[pair]) } else { None };
+        add_pair::<R, TURN>(&mut sums, queries_of(ints, pair), turn, get(x), get(y));
     }
     add(all, &sums);
 }
@@ -181,6 +209,29 @@ fn add<const R: usize>(all: &mut Sums<R>, sums: &Sums<R>) {
     }
 }
 
+/// sums += all pairs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn all_pairs<const R: usize, const TURN: bool>(
+    keys: &Keys<'_>,
+    ints: &[Eight],
+    turns: &[Turns16],
+    ahead: &mut Ahead<'_>,
+    room: &mut [Signs],
+    sums: &mut Sums<R>,
+) {
+    let v = keys.v;
+    if keys.stored {
+        return add_stored::<R, TURN>(0..v.head_dim() / 2, room, ints, turns, sums);
+    }
+    for run in v.runs() {
+        by_width!(run, add_run::<_, R, TURN>(v, &run, ints, turns, ahead, room, sums));
+    }
+    if !v.apart().is_empty() {
+        add_stored::<R, TURN>(v.apart().iter().map(|&pair| pair as usize), room, ints, turns, sums);
+    }
+}
+
 /// Scores of R rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn rows<const R: usize>(
@@ -190,9 +241,10 @@ fn rows<const R: usize>(
     steps: &[f32],
     factors: &[f32],
     ahead: &mut Ahead<'_>,
+    room: &mut [Signs],
     ints: &mut [Eight],
     local: &mut [Sixteen],
-    extra: &mut outliers::Scratch,
+    extra: &outliers::Scratch,
     scores: &mut [Row],
 ) {
     let (v, turn) = (keys.v, keys.turn);
@@ -200,23 +252,14 @@ fn rows<const R: usize>(
     let factors: &[f32; R] = factors.first_chunk().expect("a factor a row");
     let some = !v.outliers.places.is_empty();
     query::turn::<R>(q, origin, steps, factors, ints, some.then_some(&mut *local));
-    let outliers = some.then(|| outliers::score(extra, local, v, turn));
+    let outliers = some.then(|| outliers::score(extra, keys.block, local, v));
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
     // As many turns as there are pairs, or none where keys are stored turned.
     let turns = turn.map_or(&[][..], |t| &t.wide16[..v.head_dim() / 2]);
-    match (keys.signposts, turn.is_some()) {
-        (Some(keys), true) => add_stored::<R, true>(keys, ints, turns, &mut sums),
-        (Some(keys), false) => add_stored::<R, false>(keys, ints, turns, &mut sums),
-        (None, true) => {
-            for run in v.runs() {
-                by_width!(run, add_run::<_, R, true>(v, &run, ints, turns, ahead, &mut sums));
-            }
-        }
-        (None, false) => {
-            for run in v.runs() {
-                by_width!(run, add_run::<_, R, false>(v, &run, ints, turns, ahead, &mut sums));
-            }
-        }
+    if turn.is_some() {
+        all_pairs::<R, true>(keys, ints, turns, ahead, room, &mut sums);
+    } else {
+        all_pairs::<R, false>(keys, ints, turns, ahead, room, &mut sums);
     }
     // Sixteen tokens of a half from its two sums: even and odd ones lie two lanes apart.
     const PLACES: [[i32; 16]; 2] = {
