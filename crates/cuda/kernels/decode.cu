@@ -15,8 +15,8 @@
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeArgs a) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 lane = lane_id(), warp = threadIdx.x / 32, g = lane / 4, tq = lane % 4;
-  const u32 kv_head = blockIdx.y / a.passes, split = blockIdx.x, seq = blockIdx.z;
-  const u32 first_head = kv_head * a.passes * GROUP + blockIdx.y % a.passes * GROUP;
+  const u32 kv_head = blockIdx.x / a.passes, split = blockIdx.y, seq = blockIdx.z;
+  const u32 first_head = kv_head * a.passes * GROUP + blockIdx.x % a.passes * GROUP;
   let_next_start();
 
   // Tables, on their way while the first blocks are found: nothing that a kernel writes.
@@ -59,8 +59,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   __syncwarp();
 
   const u32 stride = (u32)block_bytes(a.kv_heads), header_from = (u32)header_at(a.kv_heads, kv_head);
-  const u32 each = (s.blocks + a.splits - 1) / a.splits;
+  // Rounded up; the last split has what the others leave.
+  const u32 each = (u32)(((u64)s.blocks * a.share + 0xffffffff) >> 32);
   const u32 from = min(s.blocks, split * each) + warp, to = min(s.blocks, split * each + each);
+  // The last block and its tokens in one register, which some builds are short of.
+  constexpr bool PACKED = DIM < 256;
+  const u32 end = s.blocks << 7 | s.last;
   uint4 next = make_uint4(0, 0, 0, 0);
   // Where registers are short, the next block is known by its number, and what only looking ahead needs waits in shared memory,
   // where the end's factors will be. Which builds those are the compiler's report says.
@@ -156,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) decode(const DecodeA
   };
 
   for (u32 b = from; b < to; b += WARPS) {
-    const u32 len = b + 1 == s.blocks ? s.last : 64;
+    const u32 len = b + 1 == (PACKED ? end >> 7 : s.blocks) ? (PACKED ? end & 127 : s.last) : 64;
     const uint4 now = next;
     look_ahead(b + WARPS);
     wait();

@@ -46,6 +46,7 @@ struct DecodeArgs {
   float* sums;             // [sequences][heads][splits][2]: maximum, sum
   float value_step;        // one step of a value's signpost
   u32 heads, kv_heads, splits, passes;
+  u32 share;               // of a history that a split has, in 2^-32
 };
 
 // Parts of a block's header.
@@ -118,8 +119,8 @@ template <u32 BYTES> FN void fetch(u8* to, const void* from, u32 lane) {
     return r;                                              \
   }
 READ_AGAIN(thread_again, "tid.x")
-READ_AGAIN(split_again, "ctaid.x")
-READ_AGAIN(heads_again, "ctaid.y")
+READ_AGAIN(heads_again, "ctaid.x")
+READ_AGAIN(split_again, "ctaid.y")
 READ_AGAIN(sequence_again, "ctaid.z")
 // So is what a sequence says of its exact rows.
 FN void read_exact_again(const Sequence* s, const u16*& rows, u32& count, u32& capacity) {

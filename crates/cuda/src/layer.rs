@@ -33,9 +33,9 @@ struct DecodeArgs {
     kv_heads: u32,
     splits: u32,
     passes: u32,
-    _end: u32,
+    share: u32,
 }
-// SAFETY: plain numbers in the order of kernels/decode.cu, whose structure ends in four bytes of padding.
+// SAFETY: plain numbers in the order of kernels/decode.cu.
 unsafe impl DeviceRepr for DecodeArgs {}
 
 #[repr(C)]
@@ -285,8 +285,22 @@ pub(crate) fn choose_splits(at_once: usize, tasks: usize, steps: usize, warps: u
         let waves = (tasks * s).div_ceil(at_once) as f64;
         waves * (steps.div_ceil(s).div_ceil(warps) as f64 + start) + 0.02 * s as f64
     };
-    let most = steps.div_ceil(warps).clamp(1, 256);
+    let most = steps.div_ceil(warps).clamp(1, 255);
     (1..=most).min_by(|a, b| time(*a).total_cmp(&time(*b))).unwrap_or(1)
+}
+
+/// Blocks of a history that processors take which one wave of equal splits leaves idle: each of them one task's after the
+/// other's, and all are done when the others are. None where that takes less than half a block from each warp of the others.
+fn tail(processors: usize, tasks: usize, splits: usize, blocks: usize, warps: usize) -> usize {
+    // A block of threads starts and ends in the time of so many blocks for each of its warps.
+    const START: f64 = 1.5;
+    let idle = processors.saturating_sub(tasks * splits);
+    if idle == 0 {
+        return 0;
+    }
+    let (each, turns) = (blocks as f64 / splits as f64, tasks.div_ceil(idle) as f64);
+    let tail = (each - turns * START * warps as f64) / (turns + 1.0 / splits as f64);
+    if tail / (splits as f64) < warps as f64 / 2.0 { 0 } else { tail as usize }
 }
 
 /// Sequences that decode a token together.
@@ -334,6 +348,8 @@ impl Batch {
 /// The kernel of a decode step and what it works in, for layers of one shape, one after the other.
 pub(crate) struct DecodeStep {
     parts: Parts,
+    /// What a split has of a history, in 2^-32; the last one what is left.
+    share: u32,
     shape: DecodeShape,
     sequences: usize,
     heads: usize,
@@ -362,14 +378,21 @@ impl DecodeStep {
                 supported: "what fits the shared memory of the card",
             });
         }
-        Ok(DecodeStep { parts: Parts::new(device, sequences * heads, 1, tables.dim)?, shape, sequences, heads })
+        let parts = Parts::new(device, sequences * heads, 1, tables.dim)?;
+        Ok(DecodeStep { parts, share: 0, shape, sequences, heads })
     }
 
     /// Splits histories of so many blocks anew.
     pub fn follow(&mut self, device: &Device, blocks: usize) -> Result<(), CudaError> {
         let tasks = self.heads / self.shape.group * self.sequences;
-        let splits = choose_splits(device.info().processors, tasks, blocks.max(1), self.shape.warps, 2.0);
-        self.parts.resize(device, splits)
+        let (processors, warps, blocks) = (device.info().processors, self.shape.warps, blocks.max(1));
+        let splits = choose_splits(processors, tasks, blocks, warps, 2.0);
+        // Blocks of threads start in the order of their splits within a sequence only.
+        let tail = if self.sequences == 1 { tail(processors, tasks, splits, blocks, warps) } else { 0 };
+        // Rounded down, which the kernel rounds up again; all of a history is 2^-32 less.
+        let share = ((blocks - tail) as u128) << 32;
+        self.share = u32::try_from(share / (splits * blocks) as u128).unwrap_or(u32::MAX);
+        self.parts.resize(device, splits + usize::from(tail > 0))
     }
 
     /// [`Batch::decode`] of the histories whose records lie in a buffer from a byte on.
@@ -410,9 +433,9 @@ impl DecodeStep {
             kv_heads: tables.kv_heads as u32,
             splits: self.parts.splits as u32,
             passes: (self.heads / tables.kv_heads / shape.group) as u32,
-            _end: 0,
+            share: self.share,
         };
-        let grid = [self.parts.splits, self.heads / shape.group, self.sequences];
+        let grid = [self.heads / shape.group, self.parts.splits, self.sequences];
         // SAFETY: the argument of `decode`; the records were made from this layer's histories, whose tables name blocks of
         // the pool; parts have room for every split.
         unsafe { device.launch_early(&f, grid, shape.warps * 32, shape.shared, &args) }?;
@@ -432,5 +455,11 @@ mod tests {
         assert_eq!(choose_splits(132, 3, 2048, 16, 2.0), 43);
         assert_eq!(choose_splits(132, 32, 1, 16, 2.0), 1);
         assert_eq!(choose_splits(132, 32, 0, 16, 2.0), 1);
+        // Four processors of 132 are left: each has eight heads, and starts eight times.
+        assert_eq!(tail(132, 32, 4, 2048, 16), 38);
+        assert_eq!(tail(132, 32, 4, 16384, 16), 473);
+        assert_eq!(tail(132, 8, 16, 16384, 12), 479);
+        // None is left; a start takes longer than what there is; too little to gain.
+        assert_eq!([tail(132, 3, 44, 2048, 16), tail(132, 32, 4, 512, 16), tail(132, 8, 16, 2048, 12)], [0, 0, 0]);
     }
 }
