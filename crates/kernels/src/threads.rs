@@ -40,8 +40,8 @@ pub fn count() -> usize {
 
 /// Calls `work(i)` for each i below `tasks`, on all threads.
 ///
-/// From within a task, and with a single thread, calls are made in turn. Regions that two threads ask for at once are not
-/// slower than rayon's: one of them is.
+/// From within a task, and with a single thread, calls are made in turn. Of regions that two threads ask for at once, rayon has
+/// the second.
 ///
 /// # Panics
 /// A call panics: then when all others have ended.
