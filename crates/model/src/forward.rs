@@ -334,11 +334,22 @@ impl Model {
     }
 }
 
-/// Tokens of a history from which all threads work on one sequence.
+/// Tokens of a history from which all threads may work on one sequence.
 const ALONE_FROM: usize = 1024;
+/// Turns of all threads from which it does not matter that the last is not full.
+const MANY_TURNS: usize = 4;
 
-/// A layer's queries, keys and values `[rows, width]` into the caches of their sequences: those of much work one after
-/// another, each on all threads, then the others side by side.
+/// A sequence's part of a layer's work.
+struct Share<'a, 'b> {
+    step: &'a mut Step<'b>,
+    /// Its first row.
+    first: usize,
+    out: &'a mut [f32],
+    done: Result<(), CacheError>,
+}
+
+/// A layer's queries, keys and values `[rows, width]` into the caches of their sequences: prompts and what would keep one
+/// thread busy longer than the others one after another, each on all threads, then the rest side by side.
 fn extend(
     layer: usize,
     steps: &mut [Step<'_>],
@@ -350,22 +361,63 @@ fn extend(
     if let [s] = steps {
         return s.cache.extend(layer, q, k, v, prefill, out);
     }
-    let extend = |s: &mut Step<'_>, first: usize, out: &mut [f32]| {
-        let rows = first..first + s.tokens.len();
-        let narrow = rows.start * narrow..rows.end * narrow;
-        s.cache.extend(layer, &q[rows.start * wide..rows.end * wide], &k[narrow.clone()], &v[narrow], prefill, out)
+    let extend = |share: &mut Share<'_, '_>| {
+        let rows = share.first..share.first + share.step.tokens.len();
+        let (of_q, of_kv) = (rows.start * wide..rows.end * wide, rows.start * narrow..rows.end * narrow);
+        share.done = share.step.cache.extend(layer, &q[of_q], &k[of_kv.clone()], &v[of_kv], prefill, share.out);
     };
-    let (mut short, mut first) = (Vec::new(), 0);
-    for s in steps {
-        let n = s.tokens.len();
+    let (mut shares, mut first) = (Vec::with_capacity(steps.len()), 0);
+    for step in steps {
+        let n = step.tokens.len();
         let (of_step, rest) = out.split_at_mut(n * wide);
-        if n > 1 || s.cache.len() >= ALONE_FROM {
-            extend(s, first, of_step)?;
+        let mut share = Share { step, first, out: of_step, done: Ok(()) };
+        if n > 1 {
+            extend(&mut share);
+            share.done?;
         } else {
-            short.push((s, first, of_step, Ok(())));
+            shares.push(share);
         }
         (out, first) = (rest, first + n);
     }
-    threads::for_each_mut(&mut short, |_, (s, first, out, done)| *done = extend(s, *first, out));
-    short.into_iter().try_for_each(|(.., done)| done)
+    shares.sort_unstable_by_key(|share| std::cmp::Reverse(share.step.cache.len()));
+    let lengths: Vec<usize> = shares.iter().map(|share| share.step.cache.len()).collect();
+    let (alone, together) = shares.split_at_mut(alone(&lengths, threads::count()));
+    alone.iter_mut().for_each(extend);
+    threads::for_each_mut(together, |_, share| extend(share));
+    shares.into_iter().try_for_each(|share| share.done)
+}
+
+/// How many of some histories, longest first, all threads work on one after another: those that are longer than a thread's share of
+/// what is left, and as many as the last turn of side by side would leave threads without.
+fn alone(lengths: &[usize], threads: usize) -> usize {
+    let is_long = |len: &&usize| **len >= ALONE_FROM;
+    let (mut left, mut n) = (lengths.iter().sum::<usize>(), 0);
+    for len in lengths.iter().take_while(is_long) {
+        if len * threads <= left {
+            break;
+        }
+        (left, n) = (left - len, n + 1);
+    }
+    let rest = lengths.len() - n;
+    if rest / threads < MANY_TURNS {
+        n += lengths[n..].iter().take(rest % threads).take_while(is_long).count();
+    }
+    n
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_histories_go_alone() {
+        assert_eq!(alone(&[2000; 8], 2), 0);
+        assert_eq!(alone(&[2000; 5], 2), 1, "one is left over");
+        assert_eq!(alone(&[2000; 3], 8), 3, "fewer than threads");
+        assert_eq!(alone(&[500; 3], 8), 0, "too short for threads");
+        assert_eq!(alone(&[30000, 9000, 2000, 2000], 2), 2, "the first would be the last to end, so would the second");
+        assert_eq!(alone(&[30000, 2000, 2000, 200], 2), 2);
+        assert_eq!(alone(&[2000; 33], 4), 0, "one of nine turns");
+        assert_eq!(alone(&[], 2), 0);
+    }
 }
