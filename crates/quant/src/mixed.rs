@@ -18,7 +18,8 @@ const ORTHOGONAL: f64 = 1e-3;
 pub struct MixedFit {
     /// Bits of each unit of 4 places `[C / 4]`, 0 to 7.
     pub widths: Vec<u8>,
-    /// The channel in its head that each place holds `[C]`.
+    /// The channel in its head that each place holds `[C]`. Calibration leaves axes of values in the order of their places,
+    /// which kernels then need not look up.
     pub order: Vec<u16>,
     /// Size of a step `[C]`, by place; the same for both channels of a RoPE pair of keys.
     pub steps: Vec<f32>,
