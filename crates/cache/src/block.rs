@@ -4,6 +4,7 @@ use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use kvquant_kernels::attend::{Kernels, SideView, ViewError};
 use kvquant_kernels::memory::prefer_large_pages;
+use kvquant_kernels::threads;
 use kvquant_quant::pack::BLOCK_TOKENS;
 use kvquant_quant::{QuantError, Side, fits_half};
 
@@ -168,6 +169,22 @@ impl<'a> Context<'a> {
         let coded = self.codec.map(|(layout, quantizers)| layout.head(quantizers, head)).transpose()?;
         Ok(Head { head, channels: self.channels, head_dim: self.head_dim, coded })
     }
+}
+
+/// What `block` makes of each 64 tokens of `[tokens, channels]`, on all threads, the last fewer; `start` is the first one's position,
+/// and an error's is that of the token that can't be stored.
+pub(crate) fn by_block<T: Send>(
+    (k, v): (&[f32], &[f32]),
+    channels: usize,
+    start: usize,
+    block: impl Fn(&[f32], &[f32]) -> Result<T, (usize, TokenError)> + Sync,
+) -> Result<Vec<T>, (usize, TokenError)> {
+    let part = BLOCK_TOKENS * channels;
+    let blocks = threads::map(k.len().div_ceil(part), |b| {
+        let tokens = b * part..((b + 1) * part).min(k.len());
+        block(&k[tokens.clone()], &v[tokens]).map_err(|(t, e)| (start + b * BLOCK_TOKENS + t, e))
+    });
+    blocks.into_iter().collect()
 }
 
 impl Block {

@@ -3,11 +3,10 @@
 use std::sync::Arc;
 
 use kvquant_kernels::memory::prefer_large_pages;
-use kvquant_kernels::threads;
 use kvquant_quant::TokenCodes;
 use kvquant_quant::pack::BLOCK_TOKENS;
 
-use crate::block::{Block, Context, Rows, TokenError};
+use crate::block::{Block, Context, Rows, TokenError, by_block};
 use crate::bytes::Bytes;
 use crate::coded::{CodedBlock, Layout, Quantizers};
 use crate::online::{FIRST_BLOCKS, Online};
@@ -272,18 +271,13 @@ impl Layer {
 
     /// Whole blocks, side by side on all threads.
     fn store_whole(&mut self, k: &[f32], v: &[f32], start: usize) -> Result<(), (usize, TokenError)> {
-        let part = BLOCK_TOKENS * self.channels;
-        let block = |k: &[f32], v: &[f32]| match &self.codec {
-            Some(codec) => codec.block(k, v, self.channels).map(Block::Coded),
-            None => Block::exact(k, v, self.channels),
-        };
-        let blocks: Vec<Arc<Block>> = threads::map(k.len() / part, |b| {
-            let of_block = b * part..(b + 1) * part;
-            let block = block(&k[of_block.clone()], &v[of_block]);
-            block.map(Arc::new).map_err(|(t, e)| (start + b * BLOCK_TOKENS + t, e))
-        })
-        .into_iter()
-        .collect::<Result<_, _>>()?;
+        let blocks = by_block((k, v), self.channels, start, |k, v| {
+            let block = match &self.codec {
+                Some(codec) => codec.block(k, v, self.channels).map(Block::Coded)?,
+                None => Block::exact(k, v, self.channels)?,
+            };
+            Ok(Arc::new(block))
+        })?;
         self.len += blocks.len() * BLOCK_TOKENS;
         self.blocks.reserve_exact(blocks.len().next_multiple_of(GROW_BLOCKS));
         self.blocks.extend(blocks);

@@ -4,12 +4,11 @@ use std::sync::Arc;
 
 use kvquant_kernels::attend::Kernels;
 use kvquant_kernels::rope::Rope;
-use kvquant_kernels::threads;
 use kvquant_quant::pack::{BLOCK_TOKENS, UNIT_CHANNELS};
 use kvquant_quant::{KeyStage, Quantizer, Scope, Side, SideQuantizer, Spec};
 
 use crate::attend::{self, History};
-use crate::block::{Block, TokenError};
+use crate::block::{Block, TokenError, by_block};
 use crate::bytes::Bytes;
 use crate::coded::{Layout, Quantizers};
 use crate::error::CacheError;
@@ -298,19 +297,13 @@ impl Cache {
         let failed =
             |position: usize| move |(side, source): TokenError| CacheError::Token { layer, position, side, source };
         if prefill == Prefill::Exact && n > 1 {
-            let part = BLOCK_TOKENS * c;
-            let own: Vec<Block> = threads::map(k.len().div_ceil(part), |b| {
-                let of_block = b * part..((b + 1) * part).min(k.len());
-                let block = Block::exact(&k[of_block.clone()], &v[of_block], c);
-                block.map_err(|(t, e)| failed(start + b * BLOCK_TOKENS + t)(e))
-            })
-            .into_iter()
-            .collect::<Result<_, _>>()?;
+            let own = by_block((k, v), c, start, |k, v| Block::exact(k, v, c));
+            let own = own.map_err(|(position, e)| failed(position)(e))?;
             let rope = turns.rope.clone();
             let rotations: Vec<_> = (0..own.len()).map(|b| rope.rotation(start + b * BLOCK_TOKENS)).collect();
             attend::exact(&self.history(layer), &own, &rotations, &queries, start, works, out)?;
             let stored = self.layers[layer].store(k, v, start);
-            return stored.map_err(|(position, (side, source))| CacheError::Token { layer, position, side, source });
+            return stored.map_err(|(position, e)| failed(position)(e));
         }
         let mut at = start;
         while at < start + n {

@@ -285,6 +285,7 @@ pub(crate) fn choose_splits(at_once: usize, tasks: usize, steps: usize, warps: u
         let waves = (tasks * s).div_ceil(at_once) as f64;
         waves * (steps.div_ceil(s).div_ceil(warps) as f64 + start) + 0.02 * s as f64
     };
+    // One less than merge has room for: a smaller one may come.
     let most = steps.div_ceil(warps).clamp(1, 255);
     (1..=most).min_by(|a, b| time(*a).total_cmp(&time(*b))).unwrap_or(1)
 }

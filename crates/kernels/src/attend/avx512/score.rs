@@ -76,8 +76,8 @@ fn load(from: &[i16; 32]) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn get(from: &Signs) -> Signposts {
-    let [low, high] = from.0.as_chunks().0 else { unreachable!("64 tokens") };
-    [load(low), load(high)]
+    let halves = from.0.as_chunks::<32>().0;
+    [load(&halves[0]), load(&halves[1])]
 }
 
 #[inline]
