@@ -24,9 +24,6 @@ type ByHead<T> = SmallVec<[T; HEADS]>;
 
 /// Blocks times KV heads below which threads cost more than they bring.
 const SPLIT_FROM: usize = 12;
-/// Pieces of a history a thread, and parts of a piece, of all heads, from which its state and its merge cost little.
-const TASKS: usize = 8;
-const LEAST_PARTS: usize = 8;
 
 /// Rotations of the positions of one forward pass, computed once for all layers.
 #[derive(Debug, Default)]
@@ -185,12 +182,13 @@ impl History<'_> {
             head_dim: queries.head_dim,
             first_visible: BLOCK_TOKENS,
         };
-        // Blocks that every row sees whole wait here: the next are asked for while those before them are attended to.
-        let (mut now, mut next): (ByHead<Views<'_>>, ByHead<Views<'_>>) =
-            heads.iter().map(|_| (Views::new(), Views::new())).unzip();
-        let attend = |now: &[Views<'_>], next: &[Views<'_>], states: &mut [State]| {
-            for (((head, now), next), state) in task.heads.clone().zip(now).zip(next).zip(states) {
-                self.kernels.attend_all(&rows(head), now, next, self.table, state);
+        // Blocks that every row sees whole wait in one list a head: the next are asked for while those before them, in the
+        // other, are attended to.
+        let mut lists: ByHead<[Views<'_>; 2]> = heads.iter().map(|_| Default::default()).collect();
+        let mut next = 0;
+        let attend = |lists: &[[Views<'_>; 2]], now: usize, states: &mut [State]| {
+            for ((head, lists), state) in task.heads.clone().zip(lists).zip(states) {
+                self.kernels.attend_all(&rows(head), &lists[now], &lists[1 - now], self.table, state);
             }
         };
         for part in parts {
@@ -224,21 +222,21 @@ impl History<'_> {
                     None => self.layer.sink().views(of),
                 };
                 if whole {
-                    next[i].push(BlockView::new(sides.0, sides.1, len, origin)?);
+                    lists[i][next].push(BlockView::new(sides.0, sides.1, len, origin)?);
                 } else {
                     let asking = Asking { head: task.heads.start + i, tokens: task.tokens.clone(), position, row: 0 };
                     self.fold(queries, &asking, Place { sides, first, len, origin }, &mut states[i], edge)?;
                 }
             }
-            if next[0].len() == BLOCKS {
-                attend(&now, &next, states);
-                std::mem::swap(&mut now, &mut next);
-                next.iter_mut().for_each(Views::clear);
+            if lists[0][next].len() == BLOCKS {
+                attend(&lists, 1 - next, states);
+                next = 1 - next;
+                lists.iter_mut().for_each(|lists| lists[next].clear());
             }
         }
-        attend(&now, &next, states);
-        now.iter_mut().for_each(Views::clear);
-        attend(&next, &now, states);
+        attend(&lists, 1 - next, states);
+        lists.iter_mut().for_each(|lists| lists[1 - next].clear());
+        attend(&lists, next, states);
         Ok(())
     }
 
@@ -314,7 +312,8 @@ impl History<'_> {
         let heads_each = self.heads_each(&tokens);
         let threads = threads::count();
         let pieces = (4 * threads).div_ceil(heads);
-        let (mut rows_each, mut parts_each) = (tokens.len(), parts);
+        let mut rows_each = tokens.len();
+        let mut runs = vec![0..parts];
         if tokens.len() > BLOCK_TOKENS {
             // Later tokens see more of the call's own: small pieces even that out. They end where its blocks end, so that
             // a block is seen whole or by one piece only.
@@ -326,25 +325,20 @@ impl History<'_> {
             if tokens.len() >= BLOCK_TOKENS / 4 {
                 rows_each = tokens.len().div_ceil(pieces.min(tokens.len() / 8));
             } else {
-                // Whole calls to the kernels, and small enough that no thread waits long for the last.
-                parts_each = parts
-                    .div_ceil(TASKS * threads)
-                    .max(LEAST_PARTS)
-                    .min(parts.div_ceil(2 * threads))
-                    .next_multiple_of(BLOCKS);
+                runs = halved(parts, threads);
             }
         }
         let mut n = 0;
         for head in (0..heads).step_by(heads_each) {
             for first in tokens.clone().step_by(rows_each) {
-                for part in (0..parts).step_by(parts_each) {
+                for parts in &runs {
                     if n == works.len() {
                         works.push(Work::default());
                     }
                     works[n].task = Task {
                         heads: head..head + heads_each,
                         tokens: first..(first + rows_each).min(tokens.end),
-                        parts: part..(part + parts_each).min(parts),
+                        parts: parts.clone(),
                     };
                     n += 1;
                 }
@@ -400,6 +394,23 @@ impl History<'_> {
         }
         Ok(())
     }
+}
+
+/// Runs of parts for each of some threads, one thread's after another's, as [`threads`] hands them out: first half of what is
+/// the thread's, then half of what is left, to a single call to the kernels. So no thread waits long for another, however
+/// unequal they are, and pieces, each of which costs a state, a merge and some blocks that nobody asked for ahead, are few.
+fn halved(parts: usize, threads: usize) -> Vec<Range<usize>> {
+    let calls = parts.div_ceil(BLOCKS);
+    let mut runs = Vec::new();
+    for thread in 0..threads {
+        let (mut first, end) = (thread * calls / threads, (thread + 1) * calls / threads);
+        while first < end {
+            let n = (end - first).div_ceil(2);
+            runs.push(first * BLOCKS..((first + n) * BLOCKS).min(parts));
+            first += n;
+        }
+    }
+    runs
 }
 
 /// Queries `tokens` of the call, the first at `position`, against everything stored, their own tokens included.

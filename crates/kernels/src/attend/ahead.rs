@@ -1,6 +1,8 @@
 //! The block that comes next, asked for a few lines at a time: blocks lie apart, where no CPU looks ahead by itself, and a
 //! burst of requests would wait for the ones before it.
 
+use kvquant_quant::pack::{VECTOR, unit_bytes};
+
 use super::SideView;
 
 const LINE: usize = 64;
@@ -71,6 +73,25 @@ impl<'a> Ahead<'a> {
                 self.at += LINE;
             }
         }
+    }
+
+    /// Asks for the lines where the i-th unit of B-bit codes from here on begins, if the next block is as this one is. It may lie
+    /// beyond the codes: what lies there is asked for a little later.
+    #[inline(always)]
+    pub fn unit<const B: u32>(&self, i: usize) {
+        let at = self.at + i * unit_bytes(B);
+        if B > 0 {
+            ask::<2>(self.codes.as_ptr().wrapping_add(at));
+        }
+        if B as usize * VECTOR > LINE {
+            ask::<2>(self.codes.as_ptr().wrapping_add(at + LINE));
+        }
+    }
+
+    /// As many units of B-bit codes were asked for.
+    #[inline(always)]
+    pub fn skip_units<const B: u32>(&mut self, n: usize) {
+        self.at += n * unit_bytes(B);
     }
 
     /// Asks for all that is left.

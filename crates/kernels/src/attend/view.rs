@@ -295,6 +295,16 @@ impl<'a> CodedView<'a> {
         }
     }
 
+    /// Their steps.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn four_steps(&self, place: usize) -> [f32; UNIT_CHANNELS] {
+        match self.lut.steps[place.min(self.lut.steps.len() - 1)..].first_chunk() {
+            Some(steps) => *steps,
+            None => [self.lut.steps[0]; UNIT_CHANNELS],
+        }
+    }
+
     /// The channel at a place.
     #[inline(always)]
     pub(super) fn channel(&self, place: usize) -> usize {

@@ -3,10 +3,10 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use kvquant_quant::pack::UNIT_CHANNELS;
+use kvquant_quant::pack::{UNIT_CHANNELS, VECTOR};
 
 use super::super::BLOCKS;
-use super::super::avx2::ahead::{Ahead, lines_a_unit};
+use super::super::avx2::ahead::Ahead;
 use super::super::avx2::decode::{ByBlock, ROWS, Row, Scratch};
 use super::super::avx2::mix::WEIGHT_SUM;
 use super::super::avx2::unpack::{by_rows, by_width};
@@ -180,18 +180,68 @@ fn by_units<const B: u32, const R: usize>(
     ahead: &mut [Ahead<'_>; BLOCKS],
     out: &mut [f32],
 ) {
-    let v = &blocks[0];
+    if range.is_empty() {
+        return;
+    }
+    let first = (range.start - run.units.start) * B as usize;
     let mut vectors = [&[][..]; BLOCKS];
     for (vectors, block) in vectors.iter_mut().zip(blocks) {
-        *vectors = block.vectors_of(run);
+        *vectors = &block.vectors_of(run)[first..][..range.len() * B as usize];
     }
-    for u in range {
-        let (place, unit) = (u * UNIT_CHANNELS, (u - run.units.start) * B as usize);
+    let to = Sums { v: &blocks[0], range, d, weight_units, out };
+    match blocks.len() {
+        BLOCKS => some_blocks::<B, R, BLOCKS>(to, &vectors, ints, ahead),
+        _ => {
+            let Sums { v, range, d, weight_units, out } = to;
+            for b in 0..blocks.len() {
+                let to = Sums { v, range: range.clone(), d, weight_units, out };
+                some_blocks::<B, R, 1>(to, &vectors[b..], &ints[b..], &mut ahead[b..]);
+            }
+        }
+    }
+}
+
+/// Where sums of some units go.
+struct Sums<'a, const R: usize> {
+    v: &'a CodedView<'a>,
+    range: Range<usize>,
+    d: usize,
+    weight_units: &'a [f32; R],
+    out: &'a mut [f32],
+}
+
+/// [`by_units`] of N blocks, whose codes of those units `vectors` are. Their number is known,
+/// so that little but products and lookups is left of the loop.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn some_blocks<const B: u32, const R: usize, const N: usize>(
+    to: Sums<'_, R>,
+    vectors: &[&[[u8; VECTOR]]],
+    ints: &[[Integers; R]],
+    ahead: &mut [Ahead<'_>],
+) {
+    let Sums { v, range, d, weight_units, out } = to;
+    let (n, bits) = (range.len(), B as usize);
+    let vectors: &[&[[u8; VECTOR]]; N] = vectors.first_chunk().expect("vectors of N blocks");
+    let ints: &[[Integers; R]; N] = ints.first_chunk().expect("weights of N blocks");
+    let ahead: &mut [Ahead<'_>; N] = ahead.first_chunk_mut().expect("as many come next");
+    assert!(vectors.iter().all(|v| v.len() >= n * bits));
+    let units = {
+        let mut lanes = [0.0; 16];
+        for (r, lanes) in lanes.as_chunks_mut::<4>().0.iter_mut().enumerate().take(R) {
+            *lanes = [weight_units[r]; 4];
+        }
+        // SAFETY: 64 readable bytes; unaligned loads are allowed.
+        unsafe { _mm512_loadu_ps(lanes.as_ptr()) }
+    };
+    for i in 0..n {
+        let place = (range.start + i) * UNIT_CHANNELS;
         let tables = v.four_tables(place);
         let mut four = [[_mm512_setzero_si512(); R]; UNIT_CHANNELS];
-        for b in 0..blocks.len() {
-            ahead[b].lines(lines_a_unit(B));
-            let [low, high] = unpack::codes::<B>(&vectors[b][unit..][..B as usize]);
+        for b in 0..N {
+            ahead[b].unit::<B>(i);
+            // SAFETY: `n` units of as many vectors lie in the slice, as checked above.
+            let unit = unsafe { vectors[b].get_unchecked(i * bits..(i + 1) * bits) };
+            let [low, high] = unpack::codes::<B>(unit);
             for c in 0..UNIT_CHANNELS {
                 let [x, y] = unpack::look_up::<B>(tables[c], low[c], high[c]);
                 for r in 0..R {
@@ -199,38 +249,48 @@ fn by_units<const B: u32, const R: usize>(
                 }
             }
         }
+        let steps = v.four_steps(place);
+        // SAFETY: 16 readable bytes; unaligned loads are allowed.
+        let steps = _mm512_broadcast_f32x4(unsafe { _mm_loadu_ps(steps.as_ptr()) });
+        let sums = _mm512_mul_ps(_mm512_cvtepi32_ps(sums_of(&four)), _mm512_mul_ps(steps, units));
+        let rows = [
+            _mm512_castps512_ps128(sums),
+            _mm512_extractf32x4_ps::<1>(sums),
+            _mm512_extractf32x4_ps::<2>(sums),
+            _mm512_extractf32x4_ps::<3>(sums),
+        ];
         for r in 0..R {
-            let sums = _mm_cvtepi32_ps(sums_of([four[0][r], four[1][r], four[2][r], four[3][r]]));
-            let row = &mut out[r * d..(r + 1) * d];
-            let unit = _mm_set1_ps(weight_units[r]);
-            let step = |place: usize| v.table(place).1;
             if v.lut.order.is_empty() {
-                let steps = _mm_setr_ps(step(place), step(place + 1), step(place + 2), step(place + 3));
-                let to: &mut [f32; UNIT_CHANNELS] = row[place..].first_chunk_mut().expect("whole units");
+                let to: &mut [f32; UNIT_CHANNELS] = out[r * d + place..].first_chunk_mut().expect("whole units");
                 // SAFETY: 4 readable and writable floats; unaligned access is allowed.
-                unsafe {
-                    let x = _mm_fmadd_ps(sums, _mm_mul_ps(steps, unit), _mm_loadu_ps(to.as_ptr()));
-                    _mm_storeu_ps(to.as_mut_ptr(), x);
-                }
+                unsafe { _mm_storeu_ps(to.as_mut_ptr(), _mm_add_ps(rows[r], _mm_loadu_ps(to.as_ptr()))) };
             } else {
                 let mut of_places = [0.0; UNIT_CHANNELS];
                 // SAFETY: 4 writable floats; unaligned stores are allowed.
-                unsafe { _mm_storeu_ps(of_places.as_mut_ptr(), _mm_mul_ps(sums, unit)) };
-                for (place, x) in (place..).zip(of_places) {
-                    row[v.channel(place)] += x * step(place);
+                unsafe { _mm_storeu_ps(of_places.as_mut_ptr(), rows[r]) };
+                for (&c, x) in v.lut.order[place..].iter().zip(of_places) {
+                    out[r * d + c as usize] += x;
                 }
             }
         }
     }
+    ahead.iter_mut().for_each(|ahead| ahead.skip_units::<B>(n));
 }
 
-/// Sums of four vectors, one a lane.
+/// Sums of the lanes of each: row r of channel c in lane 4 r + c.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn sums_of([a, b, c, d]: [__m512i; UNIT_CHANNELS]) -> __m128i {
+fn sums_of<const R: usize>(four: &[[__m512i; R]; UNIT_CHANNELS]) -> __m512i {
     let two = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    let (ab, cd) = (two(a, b), two(c, d));
-    let x = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    let x = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x));
-    _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x))
+    let mut rows = [_mm512_setzero_si512(); ROWS];
+    for r in 0..R {
+        let (ab, cd) = (two(four[0][r], four[1][r]), two(four[2][r], four[3][r]));
+        rows[r] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    }
+    // Each row's four quarters, which hold the four channels.
+    let halves = |a, b| {
+        _mm512_add_epi32(_mm512_shuffle_i64x2::<0b01_00_01_00>(a, b), _mm512_shuffle_i64x2::<0b11_10_11_10>(a, b))
+    };
+    let (ab, cd) = (halves(rows[0], rows[1]), halves(rows[2], rows[3]));
+    _mm512_add_epi32(_mm512_shuffle_i64x2::<0b10_00_10_00>(ab, cd), _mm512_shuffle_i64x2::<0b11_01_11_01>(ab, cd))
 }
