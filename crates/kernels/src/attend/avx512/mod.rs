@@ -30,7 +30,7 @@ pub(super) struct Scratch {
     /// Queries at the block's origin, as many rows as are multiplied at a time side by side.
     local: Vec<query::Sixteen>,
     /// The same as integers.
-    ints: Vec<query::Eight>,
+    ints: Vec<[query::Pair; 8]>,
     pub outliers: outliers::Scratch,
 }
 

@@ -99,30 +99,25 @@ pub(in crate::attend) fn factors(q: &[f32], steps: &[f32], to: &mut Vec<f32>) {
     }
 }
 
-/// Integer queries of eight pairs of channels, up to four rows: pair p of row r at `[p % 4][p / 4][r]`, its two channels in
-/// 16 bits each.
-#[derive(Clone, Copy, Default)]
-#[repr(C, align(64))]
-pub(super) struct Eight(pub [[[i32; ROWS]; 2]; 4]);
+/// Integer queries of a pair of channels, up to four rows: its two channels in 16 bits each.
+pub(super) type Pair = [i32; ROWS];
 
-impl Eight {
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    fn set(&mut self, [a, b, c, d]: [__m256i; ROWS]) {
-        let (low, high) = (
-            [_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d)],
-            [_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d)],
-        );
-        let pairs = [
-            _mm256_unpacklo_epi64(low[0], low[1]),
-            _mm256_unpackhi_epi64(low[0], low[1]),
-            _mm256_unpacklo_epi64(high[0], high[1]),
-            _mm256_unpackhi_epi64(high[0], high[1]),
-        ];
-        for (to, x) in self.0.iter_mut().zip(pairs) {
-            // SAFETY: 32 writable bytes; unaligned stores are allowed.
-            unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), x) };
-        }
+/// Eight pairs of each row to rows side by side.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn set(to: &mut [Pair; 8], [a, b, c, d]: [__m256i; ROWS]) {
+    let (low, high) = (
+        [_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d)],
+        [_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d)],
+    );
+    let both = |x, y| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(x), y);
+    // Pairs 0, 4, 1 and 5, then 2, 6, 3 and 7.
+    let x = both(_mm256_unpacklo_epi64(low[0], low[1]), _mm256_unpackhi_epi64(low[0], low[1]));
+    let y = both(_mm256_unpacklo_epi64(high[0], high[1]), _mm256_unpackhi_epi64(high[0], high[1]));
+    let halves = [_mm512_shuffle_i64x2::<0b10_00_10_00>(x, y), _mm512_shuffle_i64x2::<0b11_01_11_01>(x, y)];
+    for (to, x) in to.as_chunks_mut::<4>().0.iter_mut().zip(halves) {
+        // SAFETY: 64 writable bytes; unaligned stores are allowed.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) };
     }
 }
 
@@ -135,7 +130,7 @@ pub(super) fn turn<const R: usize>(
     origin: Option<&Rotation>,
     steps: &[f32],
     factors: &[f32; R],
-    ints: &mut [Eight],
+    ints: &mut [[Pair; 8]],
     local: Option<&mut [Sixteen]>,
 ) {
     let d = steps.len();
@@ -162,7 +157,7 @@ pub(super) fn turn<const R: usize>(
             let int = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_mul_ps(step, _mm512_set1_ps(factors[r]))));
             pairs[r] = _mm512_cvtsepi32_epi16(int);
         }
-        ints.set(pairs);
+        set(ints, pairs);
         if let Some(to) = local.as_mut().and_then(Iterator::next) {
             to.set(rows);
         }

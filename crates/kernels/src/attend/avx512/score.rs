@@ -5,15 +5,16 @@
 
 use std::arch::x86_64::*;
 
+use kvquant_quant::Table;
 use kvquant_quant::pack::UNIT_CHANNELS;
 
-use super::super::avx2::ahead::{Ahead, lines_a_unit};
+use super::super::avx2::ahead::Ahead;
 use super::super::avx2::decode::{ROWS, Row, Scratch, Signs};
 use super::super::avx2::score::steps_of;
 use super::super::avx2::unpack::{by_rows, by_width, units};
 use super::super::view::{CodedView, Run, TOKENS};
-use super::query::{self, Eight, Sixteen};
-use super::unpack::{self, Signposts};
+use super::query::{self, Pair, Sixteen};
+use super::unpack::{self, Codes, Signposts};
 use super::{multiply_add, outliers};
 use crate::rope::{BlockTable, Rotation, Turns16};
 
@@ -43,7 +44,7 @@ pub(in crate::attend) fn coded(
             by_width!(run, signposts::<_>(v, &run, ahead, &mut s.signposts));
         }
     }
-    s.wide.ints.resize(d.div_ceil(16), Eight::default());
+    s.wide.ints.resize(d.div_ceil(16), Default::default());
     s.wide.local.resize(d.div_ceil(16), Sixteen::default());
     let keys = Keys { v, block, turn, stored };
     let steps = steps_of(v, &s.steps);
@@ -93,8 +94,8 @@ fn put(to: &mut Signs, signposts: Signposts) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'_>, rows: &mut [Signs]) {
     let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
-    for ((u, unit), tables) in units::<B>(run).zip(tables) {
-        ahead.lines(lines_a_unit(B));
+    for (n, ((u, unit), tables)) in units::<B>(run).zip(tables).enumerate() {
+        ahead.unit::<B>(n);
         let [low, high] = unpack::codes::<B>(unit);
         for i in 0..UNIT_CHANNELS {
             put(&mut rows[v.channel(u * UNIT_CHANNELS + i)], unpack::look_up::<B>(&tables[i], low[i], high[i]));
@@ -102,19 +103,12 @@ fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'
     }
 }
 
-/// Integer queries of a pair, four rows.
-#[inline(always)]
-fn queries_of(ints: &[Eight], pair: usize) -> &[i32; ROWS] {
-    let Eight(pairs) = &ints[pair / 8];
-    &pairs[pair % 4][pair / 4 % 2]
-}
-
 /// sums += a pair of channels times the queries. Keys are turned first where TURN is true.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn add_pair<const R: usize, const TURN: bool>(
     sums: &mut Sums<R>,
-    queries: &[i32; ROWS],
+    queries: &Pair,
     turn: Option<&Turns16>,
     x: Signposts,
     y: Signposts,
@@ -142,41 +136,84 @@ fn rotate(x: __m512i, y: __m512i, cos: __m512i, sin: __m512i) -> (__m512i, __m51
     )
 }
 
-/// sums += the pairs of a run, straight from the codes. Where places have another order: the pairs of which a unit holds both
-/// channels; signposts of the others are stored.
+/// sums += a pair of channels of a unit of B-bit codes, the first in `place`, times the queries.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn add_codes<const B: u32, const R: usize, const TURN: bool>(
+    sums: &mut Sums<R>,
+    queries: &Pair,
+    turn: Option<&Turns16>,
+    tables: &[Table; UNIT_CHANNELS],
+    [low, high]: &[[Codes; UNIT_CHANNELS]; 2],
+    place: usize,
+) {
+    let x = unpack::look_up::<B>(&tables[place], low[place], high[place]);
+    let y = unpack::look_up::<B>(&tables[place + 1], low[place + 1], high[place + 1]);
+    add_pair::<R, TURN>(sums, queries, turn, x, y);
+}
+
+/// sums += the pairs of a run, straight from the codes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn add_run<const B: u32, const R: usize, const TURN: bool>(
     v: &CodedView<'_>,
     run: &Run<'_>,
-    ints: &[Eight],
+    ints: &[Pair],
+    turns: &[Turns16],
+    ahead: &mut Ahead<'_>,
+    all: &mut Sums<R>,
+) {
+    let (first, n, bits) = (run.units.start, run.units.len(), B as usize);
+    let tables = &v.lut.tables.as_chunks::<UNIT_CHANNELS>().0[first..][..n];
+    let ints = &ints.as_chunks::<2>().0[first..][..n];
+    let turns = if TURN { &turns.as_chunks::<2>().0[first..][..n] } else { &[] };
+    let vectors = &run.vectors[..n * bits];
+    let mut sums = [[_mm512_setzero_si512(); 4]; R];
+    for i in 0..n {
+        ahead.unit::<B>(i);
+        // SAFETY: `n` units of as many vectors lie in the slice.
+        let codes = unpack::codes::<B>(unsafe { vectors.get_unchecked(i * bits..(i + 1) * bits) });
+        for j in 0..2 {
+            let turn = if TURN { Some(&turns[i][j]) } else { None };
+            add_codes::<B, R, TURN>(&mut sums, &ints[i][j], turn, &tables[i], &codes, 2 * j);
+        }
+    }
+    ahead.skip_units::<B>(n);
+    add(all, &sums);
+}
+
+/// Where places have another order: sums += the pairs of which a unit of a run holds both channels; signposts of the others
+/// are stored.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn add_ordered<const B: u32, const R: usize, const TURN: bool>(
+    v: &CodedView<'_>,
+    run: &Run<'_>,
+    ints: &[Pair],
     turns: &[Turns16],
     ahead: &mut Ahead<'_>,
     room: &mut [Signs],
     all: &mut Sums<R>,
 ) {
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
-    let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
+    let tables = &v.lut.tables.as_chunks::<UNIT_CHANNELS>().0[run.units.start..];
     let order = v.lut.order.as_chunks::<UNIT_CHANNELS>().0;
-    for ((u, unit), tables) in units::<B>(run).zip(tables) {
-        ahead.lines(lines_a_unit(B));
-        let [low, high] = unpack::codes::<B>(unit);
-        let pairs = match order.get(u) {
-            None => [2 * u, 2 * u + 1],
-            Some(channels) if v.is_whole(u) => [channels[0] as usize / 2, channels[2] as usize / 2],
-            Some(channels) => {
-                for i in 0..UNIT_CHANNELS {
-                    put(&mut room[channels[i] as usize], unpack::look_up::<B>(&tables[i], low[i], high[i]));
-                }
-                continue;
+    for (i, ((u, unit), tables)) in units::<B>(run).zip(tables).enumerate() {
+        ahead.unit::<B>(i);
+        let codes = unpack::codes::<B>(unit);
+        let channels = order[u].map(usize::from);
+        if v.is_whole(u) {
+            for j in 0..2 {
+                let pair = channels[2 * j] / 2;
+                let turn = if TURN { Some(&turns[pair]) } else { None };
+                add_codes::<B, R, TURN>(&mut sums, &ints[pair], turn, tables, &codes, 2 * j);
             }
-        };
-        for (i, pair) in pairs.into_iter().enumerate() {
-            let x = unpack::look_up::<B>(&tables[2 * i], low[2 * i], high[2 * i]);
-            let y = unpack::look_up::<B>(&tables[2 * i + 1], low[2 * i + 1], high[2 * i + 1]);
-            let turn = if TURN { Some(&turns[pair]) } else { None };
-            add_pair::<R, TURN>(&mut sums, queries_of(ints, pair), turn, x, y);
+        } else {
+            let [low, high] = codes;
+            for c in 0..UNIT_CHANNELS {
+                put(&mut room[channels[c]], unpack::look_up::<B>(&tables[c], low[c], high[c]));
+            }
         }
     }
+    ahead.skip_units::<B>(run.units.len());
     add(all, &sums);
 }
 
@@ -185,7 +222,7 @@ fn add_run<const B: u32, const R: usize, const TURN: bool>(
 fn add_stored<const R: usize, const TURN: bool>(
     pairs: impl Iterator<Item = usize>,
     keys: &[Signs],
-    ints: &[Eight],
+    ints: &[Pair],
     turns: &[Turns16],
     all: &mut Sums<R>,
 ) {
@@ -194,7 +231,7 @@ fn add_stored<const R: usize, const TURN: bool>(
     for pair in pairs {
         let [x, y] = &keys[pair];
         let turn = if TURN { Some(&turns[pair]) } else { None };
-        add_pair::<R, TURN>(&mut sums, queries_of(ints, pair), turn, get(x), get(y));
+        add_pair::<R, TURN>(&mut sums, &ints[pair], turn, get(x), get(y));
     }
     add(all, &sums);
 }
@@ -214,7 +251,7 @@ fn add<const R: usize>(all: &mut Sums<R>, sums: &Sums<R>) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn all_pairs<const R: usize, const TURN: bool>(
     keys: &Keys<'_>,
-    ints: &[Eight],
+    ints: &[Pair],
     turns: &[Turns16],
     ahead: &mut Ahead<'_>,
     room: &mut [Signs],
@@ -225,7 +262,11 @@ fn all_pairs<const R: usize, const TURN: bool>(
         return add_stored::<R, TURN>(0..v.head_dim() / 2, room, ints, turns, sums);
     }
     for run in v.runs() {
-        by_width!(run, add_run::<_, R, TURN>(v, &run, ints, turns, ahead, room, sums));
+        if v.lut.order.is_empty() {
+            by_width!(run, add_run::<_, R, TURN>(v, &run, ints, turns, ahead, sums));
+        } else {
+            by_width!(run, add_ordered::<_, R, TURN>(v, &run, ints, turns, ahead, room, sums));
+        }
     }
     if !v.apart().is_empty() {
         add_stored::<R, TURN>(v.apart().iter().map(|&pair| pair as usize), room, ints, turns, sums);
@@ -242,7 +283,7 @@ fn rows<const R: usize>(
     factors: &[f32],
     ahead: &mut Ahead<'_>,
     room: &mut [Signs],
-    ints: &mut [Eight],
+    ints: &mut [[Pair; 8]],
     local: &mut [Sixteen],
     extra: &outliers::Scratch,
     scores: &mut [Row],
@@ -257,9 +298,9 @@ fn rows<const R: usize>(
     // As many turns as there are pairs, or none where keys are stored turned.
     let turns = turn.map_or(&[][..], |t| &t.wide16[..v.head_dim() / 2]);
     if turn.is_some() {
-        all_pairs::<R, true>(keys, ints, turns, ahead, room, &mut sums);
+        all_pairs::<R, true>(keys, ints.as_flattened(), turns, ahead, room, &mut sums);
     } else {
-        all_pairs::<R, false>(keys, ints, turns, ahead, room, &mut sums);
+        all_pairs::<R, false>(keys, ints.as_flattened(), turns, ahead, room, &mut sums);
     }
     // Sixteen tokens of a half from its two sums: even and odd ones lie two lanes apart.
     const PLACES: [[i32; 16]; 2] = {
