@@ -1,21 +1,34 @@
-//! Attention of one token over all layers of a deep cache, as a decode step does it: all threads, blocks from memory.
+//! Attention of one token over all layers of a deep cache, as a decode step does it: all threads, blocks from memory,
+//! between products that read the layer's weights.
 //!
 //! `cargo bench -p kvquant-cache --bench decode -- [tokens] [spec ...]`
 
+use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;
 
 use kvquant_cache::{Cache, CacheShape, Prefill};
 use kvquant_kernels::rope::Rope;
+use kvquant_kernels::threads;
 use kvquant_quant::{Quantizer, SideFit, Spec};
 use rand::{Rng, SeedableRng};
 
 /// The shape that the quantizer file is for.
 const SHAPE: CacheShape = CacheShape { layers: 30, heads: 9, kv_heads: 3, head_dim: 64 };
 const STEPS: usize = 40;
+/// Numbers of 64 bits that a layer's weights have in the model's file.
+const LAYER_WEIGHTS: usize = 280_000;
 /// Sums of six uniform numbers of unit width: what 1 % and 0.3 % of them are beyond.
 const FIXED: f32 = 1.8;
 const MIXED: f32 = 2.05;
+
+/// Reads a layer's weights, as a step does before it attends: what caches held of earlier layers is gone then.
+fn read(weights: &[u64]) {
+    let pieces: Vec<&[u64]> = weights.chunks(LAYER_WEIGHTS / 64).collect();
+    threads::for_each(pieces.len(), |i| {
+        black_box(pieces[i].iter().fold(0, |sum: u64, x| sum.wrapping_add(*x)));
+    });
+}
 
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
@@ -30,9 +43,10 @@ fn main() {
         .unwrap_or(concat!(env!("CARGO_MANIFEST_DIR"), "/../../quantizers/smollm2-135m.safetensors").into());
     let quantizer = Quantizer::load(path.as_ref()).expect("a quantizer file");
     let rope = Arc::new(Rope { inv_freq: (0..32).map(|i| 100_000f64.powf(-(i as f64) / 32.0)).collect() });
+    let weights = vec![1u64; SHAPE.layers * LAYER_WEIGHTS];
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
     let mut noise = |n: usize| (0..n).map(|_| (0..6).map(|_| rng.random::<f32>() - 0.5).sum()).collect::<Vec<f32>>();
-    println!("{depth} tokens, {} threads; ms for a token's attention in all layers", kvquant_kernels::threads::count());
+    println!("{depth} tokens, {} threads; ms for a token's attention in all layers", threads::count());
     println!("{:16} {:>8} {:>8} {:>8}", "cache", "least", "median", "MB");
     for spec in specs {
         let parsed: Spec = spec.parse().expect("a cache spec");
@@ -74,12 +88,15 @@ fn main() {
         let mut out = vec![0.0; 576];
         let mut times: Vec<f64> = (0..STEPS)
             .map(|_| {
-                let start = Instant::now();
-                for layer in 0..SHAPE.layers {
+                let mut seconds = 0.0;
+                for (layer, weights) in weights.chunks_exact(LAYER_WEIGHTS).enumerate() {
+                    read(weights);
+                    let start = Instant::now();
                     cache.extend(layer, &q, &k, &v, Prefill::Exact, &mut out).expect("numbers that fit");
+                    seconds += start.elapsed().as_secs_f64();
                 }
                 cache.commit(1).expect("even layers");
-                start.elapsed().as_secs_f64() * 1e3
+                seconds * 1e3
             })
             .collect();
         times.sort_by(f64::total_cmp);

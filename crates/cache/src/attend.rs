@@ -191,12 +191,18 @@ impl History<'_> {
                 self.kernels.attend_all(&rows(head), &lists[now], &lists[1 - now], self.table, state);
             }
         };
-        for part in parts {
+        let blocks = self.layer.blocks();
+        // Nobody may have asked for what the first calls read.
+        let first = parts.start.saturating_sub(1);
+        let of_calls = |n: usize| blocks[first.min(blocks.len())..].iter().take(n * BLOCKS);
+        of_calls(2).for_each(|block| self.kernels.prefetch_bytes(std::slice::from_ref(&**block)));
+        of_calls(1).for_each(|block| block.prefetch(self.kernels));
+        for part in parts.clone() {
             let (block, first, len, origin) = if part == 0 {
                 let sink = self.layer.sink();
                 (None, 0, sink.len(cx.channels), self.start)
             } else {
-                let (blocks, b) = (self.layer.blocks(), part - 1);
+                let b = part - 1;
                 if let Some(far) = blocks.get(b + 2 * BLOCKS) {
                     self.kernels.prefetch_bytes(std::slice::from_ref(&**far));
                 }
@@ -236,6 +242,18 @@ impl History<'_> {
         }
         attend(&lists, 1 - next, states);
         lists.iter_mut().for_each(|lists| lists[1 - next].clear());
+        // This thread's next piece most often begins where this one ends.
+        let same_tables = self.layer.next_tables(first).min(blocks.len());
+        for block in &blocks[(parts.end - 1).min(same_tables)..(parts.end - 1 + BLOCKS).min(same_tables)] {
+            if block.len(cx.channels) < BLOCK_TOKENS {
+                break;
+            }
+            let mut outliers = None;
+            for (of, lists) in heads.iter().zip(&mut lists) {
+                let (key, value) = block.views(of, &mut outliers)?;
+                lists[1 - next].push(BlockView::new(key, value, BLOCK_TOKENS, None)?);
+            }
+        }
         attend(&lists, next, states);
         Ok(())
     }

@@ -231,6 +231,15 @@ impl Block {
         }
     }
 
+    /// Asks for all of a coded block.
+    pub fn prefetch(&self, kernels: Kernels) {
+        if let Block::Coded(c) = self {
+            let (fixed, outliers) = c.parts();
+            kernels.prefetch_bytes(fixed);
+            kernels.prefetch_bytes(outliers);
+        }
+    }
+
     /// Cuts the block to `len` tokens. A coded block of a cache with a recent window becomes fp16 rows of its
     /// decoded values, so that tokens that follow enter it exactly.
     pub fn truncate(&mut self, cx: &Context<'_>, len: usize, window: bool) -> Result<(), ViewError> {
