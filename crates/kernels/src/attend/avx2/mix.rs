@@ -7,12 +7,12 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use kvquant_quant::TOP;
-use kvquant_quant::pack::UNIT_CHANNELS;
+use kvquant_quant::pack::{UNIT_CHANNELS, VECTOR};
+use kvquant_quant::{TOP, Table};
 
 use super::super::BLOCKS;
 use super::super::view::{CodedView, Run, TOKENS};
-use super::ahead::{Ahead, lines_a_unit};
+use super::ahead::Ahead;
 use super::decode::{ByBlock, ROWS, Row, Scratch};
 use super::outliers::mix as outliers_of;
 use super::unpack::{by_rows, by_width};
@@ -176,6 +176,8 @@ impl GroupScales {
 }
 
 /// sums[r] = the sum over all blocks of weights times signposts, for some units of a run.
+///
+/// One channel at a time: its sums, its signposts and a product are what the registers have room for.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn by_units<const B: u32, const R: usize>(
     blocks: &[CodedView<'_>],
@@ -186,37 +188,48 @@ fn by_units<const B: u32, const R: usize>(
     ahead: &mut [Ahead<'_>; BLOCKS],
     sums: &mut [i32],
 ) {
-    let mut u = range.start;
-    while u < range.end {
-        let (place, unit) = (u * UNIT_CHANNELS, (u - run.units.start) * B as usize);
+    let (n, bits) = (blocks.len(), B as usize);
+    let mut vectors = [&[][..]; BLOCKS];
+    for (vectors, block) in vectors.iter_mut().zip(blocks) {
+        *vectors = block.vectors_of(run);
+    }
+    for u in range.clone() {
+        let (place, unit) = (u * UNIT_CHANNELS, (u - run.units.start) * bits);
         let tables = blocks[0].four_tables(place);
-        let mut halves = [[_mm256_setzero_si256(); R]; 2];
-        for p in 0..2 {
-            let mut two = [[_mm256_setzero_si256(); R]; 2];
-            for ((block, ints), ahead) in blocks.iter().zip(ints).zip(&mut *ahead) {
-                if p == 0 {
-                    ahead.lines(lines_a_unit(B));
-                }
-                let [low, high] = unpack::codes::<B>(&block.vectors_of(run)[unit..][..B as usize]);
-                for i in 0..2 {
-                    let c = 2 * p + i;
-                    let [a, b] = unpack::look_up::<B>(tables[c], low[c], high[c]);
-                    for r in 0..R {
-                        let w = &ints[r];
-                        let x = _mm256_add_epi32(_mm256_madd_epi16(a[0], w[0][0]), _mm256_madd_epi16(a[1], w[0][1]));
-                        let y = _mm256_add_epi32(_mm256_madd_epi16(b[0], w[1][0]), _mm256_madd_epi16(b[1], w[1][1]));
-                        two[i][r] = _mm256_add_epi32(two[i][r], _mm256_add_epi32(x, y));
-                    }
-                }
-            }
-            for r in 0..R {
-                halves[p][r] = _mm256_hadd_epi32(two[0][r], two[1][r]);
-            }
+        let units = vectors.map(|v| v.get(unit..unit + bits).unwrap_or_default());
+        let mut four = [[_mm256_setzero_si256(); R]; UNIT_CHANNELS];
+        for ahead in &ahead[..n] {
+            ahead.unit::<B>(u - range.start);
         }
+        channel::<B, R, 0>(tables[0], &units[..n], ints, &mut four[0]);
+        channel::<B, R, 1>(tables[1], &units[..n], ints, &mut four[1]);
+        channel::<B, R, 2>(tables[2], &units[..n], ints, &mut four[2]);
+        channel::<B, R, 3>(tables[3], &units[..n], ints, &mut four[3]);
         for r in 0..R {
-            store_sums(_mm256_hadd_epi32(halves[0][r], halves[1][r]), &mut sums[r * d + place..]);
+            let halves = [_mm256_hadd_epi32(four[0][r], four[1][r]), _mm256_hadd_epi32(four[2][r], four[3][r])];
+            store_sums(_mm256_hadd_epi32(halves[0], halves[1]), &mut sums[r * d + place..]);
         }
-        u += 1;
+    }
+    ahead[..n].iter_mut().for_each(|ahead| ahead.skip_units::<B>(range.len()));
+}
+
+/// sums[r] += weights times the signposts of channel C of a unit, over its vectors in all blocks.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn channel<const B: u32, const R: usize, const C: usize>(
+    table: &Table,
+    units: &[&[[u8; VECTOR]]],
+    ints: &[[Integers; R]; BLOCKS],
+    sums: &mut [__m256i; R],
+) {
+    for (unit, ints) in units.iter().zip(ints) {
+        let [low, high] = unpack::codes::<B>(unit);
+        let x = unpack::look_up::<B>(table, low[C], high[C]);
+        for (sum, w) in sums.iter_mut().zip(ints) {
+            for (i, j) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(x[i][j], w[i][j]));
+            }
+        }
     }
 }
 
