@@ -7,7 +7,7 @@ use kvquant_kernels::attend::{BLOCKS, BlockView, Kernels, Rows as QueryRows, Sid
 use kvquant_kernels::rope::{BlockTable, Rope, Rotation};
 use kvquant_kernels::threads;
 use kvquant_quant::pack::BLOCK_TOKENS;
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 
 use crate::block::Block;
 use crate::edge::{Edge, EdgeRoom};
@@ -19,6 +19,8 @@ use crate::sequence::CacheShape;
 type Views<'a> = SmallVec<[BlockView<'a>; BLOCKS]>;
 /// KV heads of a task that need no memory of their own.
 const HEADS: usize = 8;
+/// Runs of parts that are pieces of work.
+type Runs = SmallVec<[Range<usize>; 16]>;
 /// Something of each head.
 type ByHead<T> = SmallVec<[T; HEADS]>;
 
@@ -331,7 +333,7 @@ impl History<'_> {
         let threads = threads::count();
         let pieces = (4 * threads).div_ceil(heads);
         let mut rows_each = tokens.len();
-        let mut runs = vec![0..parts];
+        let mut runs: Runs = smallvec![0..parts];
         if tokens.len() > BLOCK_TOKENS {
             // Later tokens see more of the call's own: small pieces even that out. They end where its blocks end, so that
             // a block is seen whole or by one piece only.
@@ -417,9 +419,9 @@ impl History<'_> {
 /// Runs of parts for each of some threads, one thread's after another's, as [`threads`] hands them out: first half of what is
 /// the thread's, then half of what is left, to a single call to the kernels. So no thread waits long for another, however
 /// unequal they are, and pieces, each of which costs a state, a merge and some blocks that nobody asked for ahead, are few.
-fn halved(parts: usize, threads: usize) -> Vec<Range<usize>> {
+fn halved(parts: usize, threads: usize) -> Runs {
     let calls = parts.div_ceil(BLOCKS);
-    let mut runs = Vec::new();
+    let mut runs = Runs::new();
     for thread in 0..threads {
         let (mut first, end) = (thread * calls / threads, (thread + 1) * calls / threads);
         while first < end {
