@@ -224,7 +224,7 @@ pub fn vec_mat(x: &[f32], w: &[f32], out: &mut [f32]) {
 
 #[inline(always)]
 fn vec_mat_plain(x: &[f32], w: &[f32], out: &mut [f32]) {
-    const LANES: usize = 32;
+    const LANES: usize = 64;
     let n = out.len();
     let (pieces, rest) = out.as_chunks_mut::<LANES>();
     for (i, piece) in pieces.iter_mut().enumerate() {
