@@ -167,7 +167,7 @@ fn add_run<const B: u32, const R: usize, const TURN: bool>(
     let ints = &ints.as_chunks::<2>().0[first..][..n];
     let turns = if TURN { &turns.as_chunks::<2>().0[first..][..n] } else { &[] };
     let vectors = &run.vectors[..n * bits];
-    let mut sums = [[_mm512_setzero_si512(); 4]; R];
+    let mut sums = *all;
     for i in 0..n {
         ahead.unit::<B>(i);
         // SAFETY: `n` units of as many vectors lie in the slice.
@@ -178,7 +178,7 @@ fn add_run<const B: u32, const R: usize, const TURN: bool>(
         }
     }
     ahead.skip_units::<B>(n);
-    add(all, &sums);
+    *all = sums;
 }
 
 /// Where places have another order: sums += the pairs of which a unit of a run holds both channels; signposts of the others
@@ -193,7 +193,7 @@ fn add_ordered<const B: u32, const R: usize, const TURN: bool>(
     room: &mut [Signs],
     all: &mut Sums<R>,
 ) {
-    let mut sums = [[_mm512_setzero_si512(); 4]; R];
+    let mut sums = *all;
     let tables = &v.lut.tables.as_chunks::<UNIT_CHANNELS>().0[run.units.start..];
     let order = v.lut.order.as_chunks::<UNIT_CHANNELS>().0;
     for (i, ((u, unit), tables)) in units::<B>(run).zip(tables).enumerate() {
@@ -214,7 +214,7 @@ fn add_ordered<const B: u32, const R: usize, const TURN: bool>(
         }
     }
     ahead.skip_units::<B>(run.units.len());
-    add(all, &sums);
+    *all = sums;
 }
 
 /// sums += some pairs, from stored signposts.
@@ -226,24 +226,14 @@ fn add_stored<const R: usize, const TURN: bool>(
     turns: &[Turns16],
     all: &mut Sums<R>,
 ) {
-    let mut sums = [[_mm512_setzero_si512(); 4]; R];
+    let mut sums = *all;
     let keys = keys.as_chunks::<2>().0;
     for pair in pairs {
         let [x, y] = &keys[pair];
         let turn = if TURN { Some(&turns[pair]) } else { None };
         add_pair::<R, TURN>(&mut sums, &ints[pair], turn, get(x), get(y));
     }
-    add(all, &sums);
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn add<const R: usize>(all: &mut Sums<R>, sums: &Sums<R>) {
-    for r in 0..R {
-        for i in 0..4 {
-            all[r][i] = _mm512_add_epi32(all[r][i], sums[r][i]);
-        }
-    }
+    *all = sums;
 }
 
 /// sums += all pairs.
