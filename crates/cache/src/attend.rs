@@ -482,3 +482,24 @@ pub(crate) fn exact(
         Ok(())
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_cover_a_history_in_whole_calls() {
+        for (parts, threads) in [(1, 2), (4, 2), (5, 2), (63, 2), (513, 2), (513, 7), (20, 64)] {
+            let runs = halved(parts, threads);
+            let mut end = 0;
+            for run in &runs {
+                assert_eq!((run.start, run.start % BLOCKS), (end, 0), "{parts} parts, {threads} threads");
+                assert!(run.end > run.start && (run.end == parts || run.end % BLOCKS == 0));
+                end = run.end;
+            }
+            assert_eq!(end, parts);
+            assert!(runs.last().is_some_and(|run| run.len() <= BLOCKS), "the last is one call");
+            assert!(runs.len() <= threads * (parts.ilog2() as usize + 2));
+        }
+    }
+}

@@ -1,6 +1,7 @@
 //! The block that comes next, asked for a few lines at a time: blocks lie apart, where no CPU looks ahead by itself, and a
 //! burst of requests would wait for the ones before it.
 
+#[cfg(target_arch = "x86_64")]
 use kvquant_quant::pack::{VECTOR, unit_bytes};
 
 use super::SideView;
@@ -8,6 +9,7 @@ use super::SideView;
 const LINE: usize = 64;
 
 /// Codes of one side that are still to be asked for. What else the side has is few lines, asked for at once.
+#[derive(Default)]
 pub(super) struct Ahead<'a> {
     codes: &'a [u8],
     at: usize,
@@ -43,22 +45,29 @@ fn all<const LEVEL: u32>(of: *const u8, bytes: usize) {
     }
 }
 
+/// The part of a side that is asked for line by line.
+fn lines_of<'a>(side: &SideView<'a>) -> &'a [u8] {
+    match side {
+        SideView::Coded(v) => v.codes,
+        // Long enough for the CPU to see where it goes.
+        SideView::Tile { data } => bytemuck::cast_slice(&data[..data.len().min(512)]),
+        SideView::Rows { .. } => &[],
+    }
+}
+
 impl<'a> Ahead<'a> {
+    /// Of the side that comes `next`, or else of the one at hand: what a CPU already has costs less to ask for than an address
+    /// where nothing is.
     #[inline]
-    pub fn of(next: Option<&SideView<'a>>) -> Self {
-        let codes = match next {
-            Some(SideView::Coded(v)) => {
-                let (scale, zero) = v.scales.map_or((&[][..], &[][..]), |s| (s.scale, s.zero));
-                let [scale, zero] = [scale, zero].map(bytemuck::cast_slice);
-                for few in [v.outliers.places, v.outliers.residuals.as_flattened(), scale, zero] {
-                    all::<1>(few.as_ptr(), few.len());
-                }
-                v.codes
+    pub fn of(next: Option<&SideView<'a>>, now: &SideView<'a>) -> Self {
+        if let Some(SideView::Coded(v)) = next {
+            let (scale, zero) = v.scales.map_or((&[][..], &[][..]), |s| (s.scale, s.zero));
+            let [scale, zero] = [scale, zero].map(bytemuck::cast_slice);
+            for few in [v.outliers.places, v.outliers.residuals.as_flattened(), scale, zero] {
+                all::<1>(few.as_ptr(), few.len());
             }
-            // Long enough for the CPU to see where it goes.
-            Some(SideView::Tile { data }) => bytemuck::cast_slice(&data[..data.len().min(512)]),
-            _ => &[],
-        };
+        }
+        let codes = next.map(lines_of).filter(|codes| !codes.is_empty()).unwrap_or_else(|| lines_of(now));
         Ahead { codes, at: 0 }
     }
 
@@ -77,6 +86,7 @@ impl<'a> Ahead<'a> {
 
     /// Asks for the lines where the i-th unit of B-bit codes from here on begins, if the next block is as this one is. It may lie
     /// beyond the codes: what lies there is asked for a little later.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn unit<const B: u32>(&self, i: usize) {
         let at = self.at + i * unit_bytes(B);
@@ -89,6 +99,7 @@ impl<'a> Ahead<'a> {
     }
 
     /// As many units of B-bit codes were asked for.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn skip_units<const B: u32>(&mut self, n: usize) {
         self.at += n * unit_bytes(B);

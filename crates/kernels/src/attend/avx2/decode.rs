@@ -141,7 +141,7 @@ pub(in super::super) unsafe fn scores<const WIDE: bool>(
             }
             before = Some(v);
         }
-        let mut ahead = Ahead::of(next.get(b).map(|next| &next.key));
+        let mut ahead = Ahead::of(next.get(b).map(|next| &next.key), &block.key);
         match &block.key {
             // SAFETY: passed on.
             SideView::Coded(v) if v.scales.is_none() && WIDE => unsafe {
@@ -194,8 +194,9 @@ pub(in super::super) unsafe fn outputs<const WIDE: bool>(
         }
         let (now, later) = rest.1.split_at(together.max(1) * n);
         let done = blocks.len() - rest.0.len();
-        let mut ahead: [_; BLOCKS] = std::array::from_fn(|i| {
-            Ahead::of(next.get(done + i).filter(|_| i < together.max(1)).map(|next| &next.value))
+        let mut ahead: [_; BLOCKS] = std::array::from_fn(|i| match rest.0.get(i) {
+            Some(block) if i < together.max(1) => Ahead::of(next.get(done + i).map(|next| &next.value), &block.value),
+            _ => Ahead::default(),
         });
         match coded {
             [None, ..] => {

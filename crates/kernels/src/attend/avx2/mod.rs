@@ -41,7 +41,7 @@ pub(super) unsafe fn attend<const WIDE: bool>(
     } else {
         for (b, block) in blocks.iter().enumerate() {
             for side in next.get(b).iter().flat_map(|next| [&next.key, &next.value]) {
-                ahead::Ahead::of(Some(side)).rest();
+                ahead::Ahead::of(Some(side), side).rest();
             }
             prefill::attend(rows, block, table, state);
         }

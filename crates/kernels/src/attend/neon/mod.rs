@@ -46,7 +46,7 @@ pub(super) unsafe fn attend<const DOT: bool>(
     } else {
         for (b, block) in blocks.iter().enumerate() {
             for side in next.get(b).iter().flat_map(|next| [&next.key, &next.value]) {
-                super::ahead::Ahead::of(Some(side)).rest();
+                super::ahead::Ahead::of(Some(side), side).rest();
             }
             prefill::attend(rows, block, table, state);
         }
