@@ -26,6 +26,8 @@ type ByHead<T> = SmallVec<[T; HEADS]>;
 
 /// Blocks times KV heads below which threads cost more than they bring.
 const SPLIT_FROM: usize = 12;
+/// Calls to the kernels a thread from which pieces of all heads end at about the same time.
+const CALLS_OF_ALL: usize = 8;
 
 /// Rotations of the positions of one forward pass, computed once for all layers.
 #[derive(Debug, Default)]
@@ -313,11 +315,12 @@ impl History<'_> {
         Ok(())
     }
 
-    /// Heads of a task: all of them for a few tokens over codes. Rows of more tokens keep a thread busy with one head, and
-    /// fp16 tiles are asked for head by head.
+    /// Heads of a task: all of them for a few tokens of a history with many calls to the kernels for each thread. A short one
+    /// is evened out by heads, and rows of more tokens keep a thread busy with one.
     fn heads_each(&self, tokens: &Range<usize>) -> usize {
-        let coded = self.layer.context(0).codec.is_some();
-        if tokens.len() < BLOCK_TOKENS / 4 && coded { self.shape.kv_heads } else { 1 }
+        let calls = (self.layer.blocks().len() + 1).div_ceil(BLOCKS);
+        let all = tokens.len() < BLOCK_TOKENS / 4 && calls >= CALLS_OF_ALL * threads::count();
+        if all { self.shape.kv_heads } else { 1 }
     }
 
     /// Whether waking other threads takes less time than they save.
