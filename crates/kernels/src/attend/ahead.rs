@@ -1,7 +1,6 @@
 //! The block that comes next, asked for a few lines at a time: blocks lie apart, where no CPU looks ahead by itself, and a
 //! burst of requests would wait for the ones before it.
 
-#[cfg(target_arch = "x86_64")]
 use kvquant_quant::pack::{VECTOR, unit_bytes};
 
 use super::SideView;
@@ -71,22 +70,8 @@ impl<'a> Ahead<'a> {
         Ahead { codes, at: 0 }
     }
 
-    /// Asks for the next `n` lines.
-    #[inline(always)]
-    pub fn lines(&mut self, n: usize) {
-        // A slice begins anywhere in a line: its last byte may lie in one more than its length says.
-        let skew = self.codes.as_ptr().addr() % LINE;
-        for _ in 0..n {
-            if self.at < self.codes.len() + skew {
-                ask::<2>(self.codes.as_ptr().wrapping_add(self.at));
-                self.at += LINE;
-            }
-        }
-    }
-
     /// Asks for the lines where the i-th unit of B-bit codes from here on begins, if the next block is as this one is. It may lie
     /// beyond the codes: what lies there is asked for a little later.
-    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn unit<const B: u32>(&self, i: usize) {
         let at = self.at + i * unit_bytes(B);
@@ -99,7 +84,6 @@ impl<'a> Ahead<'a> {
     }
 
     /// As many units of B-bit codes were asked for.
-    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub fn skip_units<const B: u32>(&mut self, n: usize) {
         self.at += n * unit_bytes(B);
@@ -108,16 +92,13 @@ impl<'a> Ahead<'a> {
     /// Asks for all that is left.
     #[inline]
     pub fn rest(&mut self) {
-        let skew = self.codes.as_ptr().addr() % LINE;
-        while self.at < self.codes.len() + skew {
-            self.lines(1);
+        // A slice begins anywhere in a line: its last byte may lie in one more than its length says.
+        let end = self.codes.len() + self.codes.as_ptr().addr() % LINE;
+        while self.at < end {
+            ask::<2>(self.codes.as_ptr().wrapping_add(self.at));
+            self.at += LINE;
         }
     }
-}
-
-/// Lines to ask for beside a unit of `bits`-bit codes: as many as such a unit has, and something for what is not codes.
-pub(super) const fn lines_a_unit(bits: u32) -> usize {
-    bits as usize / 2 + 1
 }
 
 /// Asks for all of a slice.

@@ -18,7 +18,7 @@ use kvquant_quant::TOP;
 use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::view::{CodedView, Run, TOKENS};
-use super::ahead::{Ahead, lines_a_unit};
+use super::ahead::Ahead;
 use super::decode::{Line, ROWS, Row, Scratch, Signs};
 use super::outliers;
 use super::unpack::{self, by_rows, by_width};
@@ -66,8 +66,8 @@ fn sixteen(from: &[i16; 16]) -> __m256i {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'_>, rows: &mut [Signs]) {
     let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
-    for ((u, unit), tables) in unpack::units::<B>(run).zip(tables) {
-        ahead.lines(lines_a_unit(B));
+    for (n, ((u, unit), tables)) in unpack::units::<B>(run).zip(tables).enumerate() {
+        ahead.unit::<B>(n);
         for i in 0..UNIT_CHANNELS {
             let [low, high] = unpack::codes::<B>(unit);
             let [x, y] = unpack::look_up::<B>(&tables[i], low[i], high[i]);
@@ -78,6 +78,7 @@ fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'
             }
         }
     }
+    ahead.skip_units::<B>(run.units.len());
 }
 
 /// Puts steps in the order of channels, where that is not the order of places.

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use kvquant_quant::pack::{UNIT_CHANNELS, VECTOR};
+use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::BLOCKS;
 use super::super::avx2::ahead::Ahead;
@@ -73,7 +73,17 @@ fn rows<const R: usize>(
         let group = first / UNIT_CHANNELS..(first + group_channels) / UNIT_CHANNELS;
         for run in v.runs() {
             let range = run.units.start.max(group.start)..run.units.end.min(group.end);
-            by_width!(run, by_units::<_, R>(blocks, &run, range, &units, &ints, d, ahead, out));
+            if range.is_empty() {
+                continue;
+            }
+            if let Some(four) = blocks.first_chunk::<BLOCKS>() {
+                by_width!(run, by_units::<_, R, BLOCKS>(four, &run, range, &units, &ints, d, ahead, out));
+                continue;
+            }
+            let each = blocks.as_chunks().0.iter().zip(ints.as_chunks().0).zip(ahead.as_chunks_mut().0);
+            for ((one, ints), ahead) in each {
+                by_width!(run, by_units::<_, R, 1>(one, &run, range.clone(), &units, ints, d, ahead, out));
+            }
         }
     }
     let side_by_side = |b: usize| -> [Sixteen; TOKENS / 16] {
@@ -168,63 +178,25 @@ fn rounded(w: &Weights, factor: f32) -> Integers {
     [half(0), half(2)]
 }
 
-/// out[r] += the sum over all blocks of weights times signposts, for some units of a run.
+/// out[r] += the sum over N blocks of weights times signposts, for some units of a run. The number of blocks is known, so that
+/// little but products and lookups is left of the loop.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn by_units<const B: u32, const R: usize>(
-    blocks: &[CodedView<'_>],
+fn by_units<const B: u32, const R: usize, const N: usize>(
+    blocks: &[CodedView<'_>; N],
     run: &Run<'_>,
     range: Range<usize>,
     weight_units: &[f32; R],
-    ints: &[[Integers; R]; BLOCKS],
+    ints: &[[Integers; R]; N],
     d: usize,
-    ahead: &mut [Ahead<'_>; BLOCKS],
+    ahead: &mut [Ahead<'_>; N],
     out: &mut [f32],
 ) {
-    if range.is_empty() {
-        return;
-    }
-    let first = (range.start - run.units.start) * B as usize;
-    let mut vectors = [&[][..]; BLOCKS];
+    let (v, n, bits) = (&blocks[0], range.len(), B as usize);
+    let first = (range.start - run.units.start) * bits;
+    let mut vectors = [&[][..]; N];
     for (vectors, block) in vectors.iter_mut().zip(blocks) {
-        *vectors = &block.vectors_of(run)[first..][..range.len() * B as usize];
+        *vectors = &block.vectors_of(run)[first..][..n * bits];
     }
-    let to = Sums { v: &blocks[0], range, d, weight_units, out };
-    match blocks.len() {
-        BLOCKS => some_blocks::<B, R, BLOCKS>(to, &vectors, ints, ahead),
-        _ => {
-            let Sums { v, range, d, weight_units, out } = to;
-            for b in 0..blocks.len() {
-                let to = Sums { v, range: range.clone(), d, weight_units, out };
-                some_blocks::<B, R, 1>(to, &vectors[b..], &ints[b..], &mut ahead[b..]);
-            }
-        }
-    }
-}
-
-/// Where sums of some units go.
-struct Sums<'a, const R: usize> {
-    v: &'a CodedView<'a>,
-    range: Range<usize>,
-    d: usize,
-    weight_units: &'a [f32; R],
-    out: &'a mut [f32],
-}
-
-/// [`by_units`] of N blocks, whose codes of those units `vectors` are. Their number is known,
-/// so that little but products and lookups is left of the loop.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn some_blocks<const B: u32, const R: usize, const N: usize>(
-    to: Sums<'_, R>,
-    vectors: &[&[[u8; VECTOR]]],
-    ints: &[[Integers; R]],
-    ahead: &mut [Ahead<'_>],
-) {
-    let Sums { v, range, d, weight_units, out } = to;
-    let (n, bits) = (range.len(), B as usize);
-    let vectors: &[&[[u8; VECTOR]]; N] = vectors.first_chunk().expect("vectors of N blocks");
-    let ints: &[[Integers; R]; N] = ints.first_chunk().expect("weights of N blocks");
-    let ahead: &mut [Ahead<'_>; N] = ahead.first_chunk_mut().expect("as many come next");
-    assert!(vectors.iter().all(|v| v.len() >= n * bits));
     let units = {
         let mut lanes = [0.0; 16];
         for (r, lanes) in lanes.as_chunks_mut::<4>().0.iter_mut().enumerate().take(R) {
@@ -239,7 +211,7 @@ fn some_blocks<const B: u32, const R: usize, const N: usize>(
         let mut four = [[_mm512_setzero_si512(); R]; UNIT_CHANNELS];
         for b in 0..N {
             ahead[b].unit::<B>(i);
-            // SAFETY: `n` units of as many vectors lie in the slice, as checked above.
+            // SAFETY: `n` units of as many vectors lie in the slice.
             let unit = unsafe { vectors[b].get_unchecked(i * bits..(i + 1) * bits) };
             let [low, high] = unpack::codes::<B>(unit);
             for c in 0..UNIT_CHANNELS {

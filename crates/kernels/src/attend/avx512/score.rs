@@ -101,6 +101,7 @@ fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'
             put(&mut rows[v.channel(u * UNIT_CHANNELS + i)], unpack::look_up::<B>(&tables[i], low[i], high[i]));
         }
     }
+    ahead.skip_units::<B>(run.units.len());
 }
 
 /// sums += a pair of channels times the queries. Keys are turned first where TURN is true.

@@ -13,7 +13,7 @@ use kvquant_quant::TOP;
 use kvquant_quant::pack::{UNIT_CHANNELS, VECTOR};
 
 use super::super::BLOCKS;
-use super::super::ahead::{Ahead, lines_a_unit};
+use super::super::ahead::Ahead;
 use super::super::by_const::{by_rows, by_width};
 use super::super::rows::{ByBlock, ROWS, Row};
 use super::super::view::{CodedView, Run, TOKENS};
@@ -182,10 +182,10 @@ unsafe fn by_units<const B: u32, const R: usize, const DOT: bool>(
     sums: &mut [f32],
 ) {
     let vectors: [_; BLOCKS] = std::array::from_fn(|b| blocks.get(b).map_or(&[][..], |block| block.vectors_of(run)));
-    for u in range {
+    for u in range.clone() {
         let (place, unit) = (u * UNIT_CHANNELS, (u - run.units.start) * B as usize);
         let tables = blocks[0].four_tables(place);
-        ahead[..blocks.len()].iter_mut().for_each(|ahead| ahead.lines(lines_a_unit(B)));
+        ahead[..blocks.len()].iter().for_each(|ahead| ahead.unit::<B>(u - range.start));
         let mut four = [[vdupq_n_f32(0.0); UNIT_CHANNELS]; R];
         for c in 0..UNIT_CHANNELS {
             let entries = if DOT { Entries::split(tables[c]) } else { Entries::of(tables[c]) };
@@ -213,6 +213,7 @@ unsafe fn by_units<const B: u32, const R: usize, const DOT: bool>(
             store(to, sum_each(four[r]));
         }
     }
+    ahead[..blocks.len()].iter_mut().for_each(|ahead| ahead.skip_units::<B>(range.len()));
 }
 
 /// [`add_products`] of half `h` of a channel's vectors.

@@ -20,7 +20,7 @@ use std::arch::aarch64::*;
 use kvquant_quant::TOP;
 use kvquant_quant::pack::{UNIT_CHANNELS, VECTOR};
 
-use super::super::ahead::{Ahead, lines_a_unit};
+use super::super::ahead::Ahead;
 use super::super::by_const::{by_rows, by_width, units};
 use super::super::rows::{ROWS, Row};
 use super::super::view::{CodedView, Run, TOKENS};
@@ -96,8 +96,8 @@ pub(super) fn steps_by_channel(v: &CodedView<'_>, to: &mut Vec<f32>) {
 /// Signposts of a run, channel by channel, where channels lie in another order.
 #[target_feature(enable = "neon")]
 fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'_>, rows: &mut [[i16; TOKENS]]) {
-    for (u, unit) in units::<B>(run) {
-        ahead.lines(lines_a_unit(B));
+    for (n, (u, unit)) in units::<B>(run).enumerate() {
+        ahead.unit::<B>(n);
         for c in 0..UNIT_CHANNELS {
             let place = u * UNIT_CHANNELS + c;
             let entries = Entries::doubled(v.table(place).0);
@@ -117,6 +117,7 @@ fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'
             }
         }
     }
+    ahead.skip_units::<B>(run.units.len());
 }
 
 /// Pass 1, for a run of units whose channels lie in their own order.
@@ -131,8 +132,8 @@ unsafe fn turned<const B: u32, const RDM: bool>(
     ahead: &mut Ahead<'_>,
     keys: &mut [Line],
 ) {
-    for (u, unit) in units::<B>(run) {
-        ahead.lines(lines_a_unit(B));
+    for (n, (u, unit)) in units::<B>(run).enumerate() {
+        ahead.unit::<B>(n);
         let entries = v.four_tables(u * UNIT_CHANNELS).map(|table| Entries::doubled(table));
         // SAFETY: passed on.
         unsafe {
@@ -140,6 +141,7 @@ unsafe fn turned<const B: u32, const RDM: bool>(
             turn_half::<B, RDM>(unit, &entries, u, 1, turn, keys);
         }
     }
+    ahead.skip_units::<B>(run.units.len());
 }
 
 /// Turns what half `h` of a unit's vectors holds.
