@@ -5,7 +5,7 @@ mod plan;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use kvquant_kernels::attend::{BLOCKS, BlockView, Kernels, Rows as QueryRows, SideView, State, ViewError};
+use kvquant_kernels::attend::{BLOCKS, BlockView, Kernels, PreparedRows, Rows as QueryRows, RowsRoom, SideView, State, ViewError};
 use kvquant_kernels::rope::{BlockTable, Rope, Rotation};
 use kvquant_kernels::threads;
 use kvquant_quant::pack::BLOCK_TOKENS;
@@ -130,6 +130,8 @@ pub(crate) struct Work {
     task: Task,
     /// One a head; more is room.
     states: Vec<State>,
+    /// Likewise.
+    rows: Vec<RowsRoom>,
     edge: EdgeRoom,
 }
 
@@ -171,7 +173,7 @@ impl History<'_> {
         position: usize,
         parts: Range<usize>,
     ) -> Result<(), ViewError> {
-        let Work { task, states, edge } = work;
+        let Work { task, states, rows: rooms, edge } = work;
         let cx = self.layer.context(parts.start.saturating_sub(1));
         let heads = task.heads.clone().map(|head| cx.head(head)).collect::<Result<ByHead<_>, _>>()?;
         let n = task.tokens.len();
@@ -185,11 +187,8 @@ impl History<'_> {
         // other, are attended to.
         let mut lists: ByHead<[Views<'_>; 2]> = heads.iter().map(|_| Default::default()).collect();
         let mut next = 0;
-        let attend = |lists: &[[Views<'_>; 2]], now: usize, states: &mut [State]| {
-            for ((head, lists), state) in task.heads.clone().zip(lists).zip(states) {
-                self.kernels.attend_all(&rows(head), &lists[now], &lists[1 - now], self.table, state);
-            }
-        };
+        let prepared = task.heads.clone().zip(rooms).map(|(head, room)| PreparedRows::new(rows(head), room));
+        let mut prepared: ByHead<PreparedRows<'_>> = prepared.collect();
         let blocks = self.layer.blocks();
         // Nobody may have asked for what the first calls read.
         let first = parts.start.saturating_sub(1);
@@ -234,12 +233,12 @@ impl History<'_> {
                 }
             }
             if lists[0][next].len() == BLOCKS {
-                attend(&lists, 1 - next, states);
+                self.attend_lists(&mut prepared, &lists, 1 - next, states);
                 next = 1 - next;
                 lists.iter_mut().for_each(|lists| lists[next].clear());
             }
         }
-        attend(&lists, 1 - next, states);
+        self.attend_lists(&mut prepared, &lists, 1 - next, states);
         lists.iter_mut().for_each(|lists| lists[1 - next].clear());
         // This thread's next piece most often begins where this one ends.
         let same_tables = self.layer.next_tables(first).min(blocks.len());
@@ -253,8 +252,21 @@ impl History<'_> {
                 lists[1 - next].push(BlockView::new(key, value, BLOCK_TOKENS, None)?);
             }
         }
-        attend(&lists, next, states);
+        self.attend_lists(&mut prepared, &lists, next, states);
         Ok(())
+    }
+
+    /// Attends with each head's rows to what waits in one of its lists, while the other is asked for.
+    fn attend_lists<'a>(
+        &self,
+        heads: &mut [PreparedRows<'a>],
+        lists: &[[Views<'a>; 2]],
+        now: usize,
+        states: &mut [State],
+    ) {
+        for ((rows, lists), state) in heads.iter_mut().zip(lists).zip(states) {
+            self.kernels.attend_all(rows, &lists[now], &lists[1 - now], self.table, state);
+        }
     }
 
     /// Attends with some rows to one block, none of which begins after the first row's position.
@@ -328,6 +340,7 @@ impl History<'_> {
             let Task { heads, tokens: of, .. } = &work.task;
             if work.states.len() < heads.len() {
                 work.states.resize_with(heads.len(), State::default);
+                work.rows.resize_with(heads.len(), RowsRoom::default);
             }
             work.states[..heads.len()].iter_mut().for_each(|state| state.reset(of.len() * group, d));
             self.attend(queries, work, position + work.task.tokens.start - tokens.start)?;
@@ -383,7 +396,7 @@ pub(crate) fn exact(
     out: &mut [f32],
 ) -> Result<(), CacheError> {
     let cx = history.layer.context(0);
-    history.run(queries, 0..queries.tokens, position, works, out, |Work { task, states, edge }| {
+    history.run(queries, 0..queries.tokens, position, works, out, |Work { task, states, edge, .. }| {
         for (head, state) in task.heads.clone().zip(states) {
             let of = cx.head(head)?;
             for (b, block) in own.iter().enumerate() {

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use half::f16;
 use history::{HEAD_DIM, History, Kind};
-use kvquant_kernels::attend::{BLOCKS as AT_ONCE, BlockView, Kernels, Rows, SideView, State};
+use kvquant_kernels::attend::{BLOCKS as AT_ONCE, BlockView, Kernels, PreparedRows, Rows, RowsRoom, SideView, State};
 use kvquant_kernels::rope::Rope;
 use kvquant_quant::pack::BLOCK_TOKENS;
 
@@ -26,10 +26,12 @@ fn time<'a>(kernels: Kernels, distinct: usize, block: impl Fn(usize) -> (SideVie
     let origin = rope.rotation(6400);
     let q: Vec<f32> = (0..GROUP * HEAD_DIM).map(|i| ((i * 37 % 101) as f32 / 101.0 - 0.5) * 0.1).collect();
     let rows = Rows { q: &q, group: GROUP, head_dim: HEAD_DIM, first_visible: BLOCK_TOKENS };
+    let mut room = RowsRoom::default();
     let blocks = if kernels.name() == "scalar" { BLOCKS / 16 } else { BLOCKS };
     let mut best = f64::INFINITY;
     for _ in 0..8 {
         let mut state = State::empty(GROUP, HEAD_DIM);
+        let mut prepared = PreparedRows::new(rows, &mut room);
         let start = Instant::now();
         let view = |b: usize| {
             let (k, v) = block(b % distinct);
@@ -42,7 +44,7 @@ fn time<'a>(kernels: Kernels, distinct: usize, block: impl Fn(usize) -> (SideVie
             for b in first + AT_ONCE..first + 2 * AT_ONCE {
                 next.push(view(b));
             }
-            kernels.attend_all(&rows, &now, &next, &table, &mut state);
+            kernels.attend_all(&mut prepared, &now, &next, &table, &mut state);
         }
         black_box(&state);
         best = best.min(start.elapsed().as_secs_f64() / blocks as f64);

@@ -28,9 +28,11 @@ mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
-pub use rows::Rows;
+pub use rows::{PreparedRows, Rows, RowsRoom};
 pub use state::State;
 pub use view::{BlockView, CodedView, HeadLut, Outliers, SideView, TokenScales, ViewError};
+
+use std::cell::RefCell;
 
 use crate::dispatch::{self, DispatchError, Isa};
 use crate::rope::BlockTable;
@@ -40,6 +42,11 @@ pub const DECODE_ROWS: usize = 16;
 
 /// Blocks of one call to [`Kernels::attend_all`].
 pub const BLOCKS: usize = 4;
+
+thread_local! {
+    /// For rows that attend to one block.
+    static ROOM: RefCell<RowsRoom> = RefCell::default();
+}
 
 /// The attention kernels of one instruction set. A value of this type proves that the CPU has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,19 +152,22 @@ impl Kernels {
     ///
     /// `table` is the rotation inside a block; it is used where the block's keys are kept before RoPE.
     pub fn attend(self, rows: &Rows<'_>, block: &BlockView<'_>, table: &BlockTable, state: &mut State) {
-        self.attend_all(rows, std::slice::from_ref(block), &[], table, state);
+        ROOM.with_borrow_mut(|room| {
+            self.attend_all(&mut PreparedRows::new(*rows, room), std::slice::from_ref(block), &[], table, state);
+        });
     }
 
     /// Attends with `rows` to some blocks, to each as [`Kernels::attend`] does; `first_visible` counts in each of them.
     /// [`BLOCKS`] at a time keep a CPU busy; more only take memory. Those that come `next`, as many, are asked for meanwhile.
-    pub fn attend_all(
+    pub fn attend_all<'a>(
         self,
-        rows: &Rows<'_>,
-        blocks: &[BlockView<'_>],
+        prepared: &mut PreparedRows<'a>,
+        blocks: &[BlockView<'a>],
         next: &[BlockView<'_>],
         table: &BlockTable,
         state: &mut State,
     ) {
+        let rows = &prepared.rows;
         blocks.iter().for_each(|block| rows.check(block, state));
         if rows.is_empty() || blocks.is_empty() {
             return;
@@ -166,10 +176,10 @@ impl Kernels {
             Backend::Scalar => blocks.iter().for_each(|block| scalar::attend(rows, block, table, state)),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a Kernels value with this backend exists only where AVX2, FMA and F16C were detected.
-            Backend::Avx2 => unsafe { avx2::attend::<false>(rows, blocks, next, table, state) },
+            Backend::Avx2 => unsafe { avx2::attend::<false>(prepared, blocks, next, table, state) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a Kernels value with this backend exists only where all that it names was detected.
-            Backend::Avx512 => unsafe { avx2::attend::<true>(rows, blocks, next, table, state) },
+            Backend::Avx512 => unsafe { avx2::attend::<true>(prepared, blocks, next, table, state) },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: a Kernels value with this backend exists only where NEON was detected.
             Backend::Neon => unsafe { neon::attend::<false>(rows, blocks, next, table, state) },

@@ -11,6 +11,8 @@ use super::neon::decode;
 use super::rows::Row;
 use super::view::BlockView;
 use super::{Backend, Kernels, Rows, scalar};
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use super::{PreparedRows, ROOM};
 use crate::rope::BlockTable;
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -50,7 +52,9 @@ impl Kernels {
         by_backend!(
             self,
             blocks.iter().zip(scores.chunks_mut(rows.len())).for_each(|(b, to)| scalar::scores(rows, b, table, to)),
-            |s, GREATER| decode::scores::<GREATER>(s, rows, blocks, &[], table, scores)
+            |s, GREATER| ROOM.with_borrow_mut(|room| {
+                decode::scores::<GREATER>(s, &mut PreparedRows::new(*rows, room), blocks, &[], table, scores)
+            })
         );
     }
 

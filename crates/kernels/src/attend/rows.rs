@@ -1,6 +1,6 @@
 //! The query rows of one KV head.
 
-use super::view::TOKENS;
+use super::view::{HeadLut, TOKENS};
 use super::{BlockView, State};
 
 /// Query rows `[tokens * group, head_dim]`, token by token, the heads of the group inside.
@@ -40,6 +40,29 @@ impl Rows<'_> {
         assert_eq!(self.len(), state.rows(), "one state a row");
         assert_eq!(self.head_dim, state.head_dim(), "rows and state agree on head_dim");
         assert_eq!(self.head_dim, block.head_dim(), "rows and block agree on head_dim");
+    }
+}
+
+/// What backends make of rows, kept so that the next rows need no memory of their own.
+#[derive(Debug, Default)]
+pub struct RowsRoom {
+    #[cfg(target_arch = "x86_64")]
+    pub(super) wide: super::avx512::Queries,
+}
+
+/// Rows, and what of them is the same for all blocks whose keys the same tables decode: it is made when the first is attended to.
+#[derive(Debug)]
+pub struct PreparedRows<'a> {
+    pub(super) rows: Rows<'a>,
+    /// The tables that `room` is for.
+    pub(super) lut: Option<&'a HeadLut<'a>>,
+    pub(super) room: &'a mut RowsRoom,
+}
+
+impl<'a> PreparedRows<'a> {
+    /// Rows for some blocks.
+    pub fn new(rows: Rows<'a>, room: &'a mut RowsRoom) -> Self {
+        PreparedRows { rows, lut: None, room }
     }
 }
 

@@ -487,7 +487,11 @@ fn blocks_together_are_blocks_one_by_one() {
             let blocks: Vec<_> = order.into_iter().zip(&rotations).map(block).collect();
             let (mut one_by_one, mut together) = (State::empty(rows.len(), 64), State::empty(rows.len(), 64));
             blocks.iter().for_each(|b| kernels.attend(&rows, b, &table, &mut one_by_one));
-            blocks.chunks(BLOCKS).for_each(|some| kernels.attend_all(&rows, some, &blocks[..2], &table, &mut together));
+            let mut room = RowsRoom::default();
+            let mut prepared = PreparedRows::new(rows, &mut room);
+            blocks.chunks(BLOCKS).for_each(|some| {
+                kernels.attend_all(&mut prepared, some, &blocks[..2], &table, &mut together);
+            });
             let (mut a, mut b) = ([0.0; 64], [0.0; 64]);
             for r in 0..rows.len() {
                 one_by_one.finish(r, &mut a);

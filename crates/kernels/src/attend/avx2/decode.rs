@@ -5,7 +5,7 @@ use std::cell::RefCell;
 
 pub(in super::super) use super::super::rows::{ByBlock, ROWS, Row};
 use super::super::view::{CodedView, TOKENS};
-use super::super::{BLOCKS, BlockView, Rows, SideView, State, avx512};
+use super::super::{BLOCKS, BlockView, PreparedRows, SideView, State, avx512};
 use super::ahead::Ahead;
 use super::{float, mix, outliers, score, softmax};
 use crate::rope::{BlockTable, Rotation};
@@ -51,15 +51,15 @@ thread_local! {
 /// # Safety
 /// Where WIDE is true, the CPU has AVX-512 F, BW, DQ, VL and VNNI.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn attend<const WIDE: bool>(
-    rows: &Rows<'_>,
-    blocks: &[BlockView<'_>],
+pub(super) unsafe fn attend<'a, const WIDE: bool>(
+    prepared: &mut PreparedRows<'a>,
+    blocks: &[BlockView<'a>],
     next: &[BlockView<'_>],
     table: &BlockTable,
     state: &mut State,
 ) {
     // SAFETY: passed on.
-    SCRATCH.with_borrow_mut(|scratch| unsafe { with::<WIDE>(scratch, rows, blocks, next, table, state) });
+    SCRATCH.with_borrow_mut(|scratch| unsafe { with::<WIDE>(scratch, prepared, blocks, next, table, state) });
 }
 
 /// Scores of all blocks, then their probabilities, then their outputs: what one block waits for, another has.
@@ -67,20 +67,20 @@ pub(super) unsafe fn attend<const WIDE: bool>(
 /// # Safety
 /// As [`attend`].
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn with<const WIDE: bool>(
+unsafe fn with<'a, const WIDE: bool>(
     s: &mut Scratch,
-    rows: &Rows<'_>,
-    blocks: &[BlockView<'_>],
+    prepared: &mut PreparedRows<'a>,
+    blocks: &[BlockView<'a>],
     next: &[BlockView<'_>],
     table: &BlockTable,
     state: &mut State,
 ) {
-    let n = rows.len();
+    let (d, n) = (prepared.rows.head_dim, prepared.rows.len());
     let mut weights = std::mem::take(&mut s.weights);
     weights.resize(blocks.len() * n, [0.0; TOKENS]);
     // SAFETY: passed on.
     unsafe {
-        scores::<WIDE>(s, rows, blocks, next, table, &mut weights);
+        scores::<WIDE>(s, prepared, blocks, next, table, &mut weights);
         for r in 0..n {
             if WIDE {
                 avx512::softmax(&mut weights[r..], r, n, state);
@@ -88,7 +88,7 @@ unsafe fn with<const WIDE: bool>(
                 softmax(&mut weights[r..], r, n, state);
             }
         }
-        outputs::<WIDE>(s, blocks, next, &weights, rows.head_dim, &mut state.out);
+        outputs::<WIDE>(s, blocks, next, &weights, d, &mut state.out);
     }
     s.weights = weights;
 }
@@ -98,14 +98,15 @@ unsafe fn with<const WIDE: bool>(
 /// # Safety
 /// As [`attend`].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(in super::super) unsafe fn scores<const WIDE: bool>(
+pub(in super::super) unsafe fn scores<'a, const WIDE: bool>(
     s: &mut Scratch,
-    rows: &Rows<'_>,
-    blocks: &[BlockView<'_>],
+    prepared: &mut PreparedRows<'a>,
+    blocks: &[BlockView<'a>],
     next: &[BlockView<'_>],
     table: &BlockTable,
     weights: &mut [Row],
 ) {
+    let PreparedRows { rows, lut, room } = prepared;
     let (d, n) = (rows.head_dim, rows.len());
     s.local.resize(n * d, 0.0);
     let mut before = None;
@@ -116,7 +117,7 @@ pub(in super::super) unsafe fn scores<const WIDE: bool>(
             && integer(block)
         {
             // SAFETY: passed on.
-            unsafe { avx512::place_keys(&mut s.wide.outliers, b, v, block.origin.map(|_| table)) };
+            unsafe { avx512::place_keys(&mut s.wide.outliers, b, v, block.origin.map(|origin| (table, origin))) };
         }
     }
     for (b, (block, scores)) in blocks.iter().zip(weights.chunks_exact_mut(n)).enumerate() {
@@ -131,21 +132,26 @@ pub(in super::super) unsafe fn scores<const WIDE: bool>(
             None => s.local.copy_from_slice(rows.q),
         }
         let turn = block.origin.map(|_| table);
-        if let SideView::Coded(v) = &block.key
-            && !before.is_some_and(|before: &CodedView<'_>| before.decodes_as(v))
-        {
-            score::steps_by_channel(v, &mut s.steps);
-            if WIDE && integer(block) {
-                // SAFETY: passed on.
-                unsafe { avx512::factors(rows.q, score::steps_of(v, &s.steps), &mut s.wide.factors) };
+        match &block.key {
+            SideView::Coded(v) if WIDE && integer(block) => {
+                if !lut.is_some_and(|lut| std::ptr::eq(lut, v.lut)) {
+                    score::steps_by_channel(v, &mut s.steps);
+                    // SAFETY: passed on.
+                    unsafe { room.wide.set(rows.q, score::steps_of(v, &s.steps)) };
+                    *lut = Some(v.lut);
+                }
             }
-            before = Some(v);
+            SideView::Coded(v) if !before.is_some_and(|before: &CodedView<'_>| before.decodes_as(v)) => {
+                score::steps_by_channel(v, &mut s.steps);
+                before = Some(v);
+            }
+            _ => {}
         }
         let mut ahead = Ahead::of(next.get(b).map(|next| &next.key), &block.key);
         match &block.key {
             // SAFETY: passed on.
             SideView::Coded(v) if v.scales.is_none() && WIDE => unsafe {
-                avx512::score(s, b, rows.q, v, block.origin, table, &mut ahead, scores)
+                avx512::score(s, &room.wide, b, v, block.origin, table, &mut ahead, scores)
             },
             SideView::Coded(v) if v.scales.is_none() => score::coded(s, d, v, turn, &mut ahead, scores),
             side => {

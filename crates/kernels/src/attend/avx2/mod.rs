@@ -19,7 +19,7 @@ use std::arch::x86_64::*;
 
 pub(super) use super::ahead::{self, prefetch_lines};
 use super::view::TOKENS;
-use super::{BlockView, DECODE_ROWS, Rows, SideView, State};
+use super::{BlockView, DECODE_ROWS, PreparedRows, SideView, State};
 use crate::rope::BlockTable;
 
 /// Floats of a vector.
@@ -28,22 +28,23 @@ pub(super) const LANES: usize = 8;
 /// # Safety
 /// The CPU has AVX2, FMA and F16C; where WIDE is true, also AVX-512 F, BW, DQ, VL and VNNI.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn attend<const WIDE: bool>(
-    rows: &Rows<'_>,
-    blocks: &[BlockView<'_>],
+pub(super) unsafe fn attend<'a, const WIDE: bool>(
+    prepared: &mut PreparedRows<'a>,
+    blocks: &[BlockView<'a>],
     next: &[BlockView<'_>],
     table: &BlockTable,
     state: &mut State,
 ) {
+    let rows = prepared.rows;
     if rows.len() <= DECODE_ROWS {
         // SAFETY: passed on.
-        unsafe { decode::attend::<WIDE>(rows, blocks, next, table, state) };
+        unsafe { decode::attend::<WIDE>(prepared, blocks, next, table, state) };
     } else {
         for (b, block) in blocks.iter().enumerate() {
             for side in next.get(b).iter().flat_map(|next| [&next.key, &next.value]) {
                 ahead::Ahead::of(Some(side), side).rest();
             }
-            prefill::attend(rows, block, table, state);
+            prefill::attend(&rows, block, table, state);
         }
     }
 }

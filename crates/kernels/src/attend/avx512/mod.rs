@@ -15,7 +15,7 @@ mod unpack;
 
 pub(super) use mix::coded as mix;
 pub(super) use outliers::place_keys;
-pub(super) use query::factors;
+pub(super) use query::Queries;
 pub(super) use score::coded as score;
 pub(super) use softmax::softmax;
 
@@ -25,12 +25,8 @@ use std::arch::x86_64::*;
 /// What a thread reuses from block to block.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// What makes each row of queries integers.
-    pub factors: Vec<f32>,
-    /// Queries at the block's origin, as many rows as are multiplied at a time side by side.
-    local: Vec<query::Sixteen>,
-    /// The same as integers.
-    ints: Vec<[query::Pair; 8]>,
+    /// Integer queries at the block's origin, as many rows as are multiplied at a time side by side.
+    ints: Vec<[query::Pair; 16]>,
     pub outliers: outliers::Scratch,
 }
 

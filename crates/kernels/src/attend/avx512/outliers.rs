@@ -9,7 +9,7 @@ use kvquant_quant::pack::UNIT_CHANNELS;
 use super::super::avx2::decode::ROWS;
 use super::super::view::{CodedView, TOKENS};
 use super::query::{Sixteen, lanes, place_of};
-use crate::rope::BlockTable;
+use crate::rope::{BlockTable, Rotation};
 
 /// Outliers of a vector.
 const LANES: usize = 16;
@@ -227,27 +227,36 @@ fn cos_sin(cycles: __m512) -> (__m512, __m512) {
     (_mm512_fnmadd_ps(twice, sin, _mm512_set1_ps(1.0)), _mm512_mul_ps(twice, cos))
 }
 
-/// The cycles that the pair of each channel turns by in a token.
+/// What a list has for some pairs.
+///
+/// # Safety
+/// All pairs lie in the list.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn cycles_of(table: &BlockTable, pair: __m512i) -> __m512 {
-    match table.cycles.first_chunk::<32>() {
+unsafe fn by_pair(list: &[f32], pair: __m512i) -> __m512 {
+    match list.first_chunk::<32>() {
         // SAFETY: 128 readable bytes; unaligned loads are allowed.
-        Some(all) if table.cycles.len() == 32 => unsafe {
+        Some(all) if list.len() == 32 => unsafe {
             let (low, high) = (_mm512_loadu_ps(all.as_ptr()), _mm512_loadu_ps(all.as_ptr().add(16)));
             _mm512_permutex2var_ps(low, pair, high)
         },
-        // SAFETY: channels are below head_dim (`Scratch::sixteens`), and the table's pairs were checked to be as many.
-        _ => unsafe { _mm512_i32gather_ps::<4>(pair, table.cycles.as_ptr()) },
+        // SAFETY: the caller's.
+        _ => unsafe { _mm512_i32gather_ps::<4>(pair, list.as_ptr()) },
     }
 }
 
-/// Makes the list of a block's keys.
+/// Makes the list of a block's keys, whose first lies at the origin's position.
 ///
 /// A key that lies at R(t) e_c has the share cos q[c] + sin q[c + 1] in a query if c is even, cos q[c] - sin q[c - 1] if not.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(in crate::attend) fn place_keys(s: &mut Scratch, block: usize, v: &CodedView<'_>, turn: Option<&BlockTable>) {
-    assert!(turn.is_none_or(|t| t.cycles.len() >= v.head_dim() / 2));
+pub(in crate::attend) fn place_keys(
+    s: &mut Scratch,
+    block: usize,
+    v: &CodedView<'_>,
+    turn: Option<(&BlockTable, &Rotation)>,
+) {
+    let pairs = v.head_dim() / 2;
+    assert!(turn.is_none_or(|(t, o)| t.cycles.len().min(o.cos.len()).min(o.sin.len()) >= pairs));
     if v.outliers.places.is_empty() {
         return;
     }
@@ -255,9 +264,17 @@ pub(in crate::attend) fn place_keys(s: &mut Scratch, block: usize, v: &CodedView
         let one = _mm512_set1_epi32(1);
         let (even, pair) = (_mm512_testn_epi32_mask(channel, one), _mm512_srli_epi32::<1>(channel));
         let (cos, sin) = match turn {
-            Some(table) => {
-                let (cos, sin) = cos_sin(_mm512_mul_ps(_mm512_cvtepi32_ps(token), cycles_of(table, pair)));
-                (_mm512_mul_ps(cos, residual), _mm512_mul_ps(sin, residual))
+            Some((table, origin)) => {
+                // SAFETY: channels are below head_dim (`Scratch::sixteens`), and all lists were checked to be as long.
+                let [cycles, cos, sin] = unsafe {
+                    [by_pair(&table.cycles, pair), by_pair(&origin.cos, pair), by_pair(&origin.sin, pair)]
+                };
+                let (c, s) = cos_sin(_mm512_mul_ps(_mm512_cvtepi32_ps(token), cycles));
+                let [cos, sin] = [_mm512_mul_ps(cos, residual), _mm512_mul_ps(sin, residual)];
+                (
+                    _mm512_fmsub_ps(c, cos, _mm512_mul_ps(s, sin)),
+                    _mm512_fmadd_ps(c, sin, _mm512_mul_ps(s, cos)),
+                )
             }
             None => (residual, _mm512_setzero_ps()),
         };
@@ -268,18 +285,18 @@ pub(in crate::attend) fn place_keys(s: &mut Scratch, block: usize, v: &CodedView
 }
 
 /// Rows by token: residuals times the queries' shares of their channels at their tokens, from the block's list.
-/// `local` holds the queries.
+/// `queries` lie side by side.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) fn score(s: &Scratch, block: usize, local: &[Sixteen], v: &CodedView<'_>) -> [Sixteen; TOKENS / 16] {
+pub(super) fn score(s: &Scratch, block: usize, queries: &[Sixteen], v: &CodedView<'_>) -> [Sixteen; TOKENS / 16] {
     let mut sums = [Sixteen::default(); TOKENS / 16];
-    assert!(local.len() >= v.head_dim().div_ceil(16));
-    let from: *const f32 = local.as_ptr().cast();
+    assert!(queries.len() >= v.head_dim().div_ceil(16));
+    let from: *const f32 = queries.as_ptr().cast();
     let to: *mut f32 = sums.as_mut_ptr().cast();
     for (at, [first, second]) in s.lists[block].sixteens(v.outliers.places.len()) {
         for i in 0..LANES {
             let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
-            // SAFETY: channels are below head_dim, which is even, and tokens below 64 (`Scratch::sixteens`): `local`, as
+            // SAFETY: channels are below head_dim, which is even, and tokens below 64 (`Scratch::sixteens`): `queries`, as
             // checked above, and `sums` have a place for each.
             unsafe {
                 let (x, y) = (_mm_loadu_ps(from.add(f)), _mm_loadu_ps(from.add(f + SECOND)));

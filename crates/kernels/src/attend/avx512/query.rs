@@ -8,7 +8,7 @@ use crate::rope::Rotation;
 
 /// Sixteen places of up to four rows: place p of row r at `[p % 4][p / 4 * 4 + r]`, as a transposition within lanes leaves
 /// them. [`place_of`] numbers the groups of four rows.
-#[derive(Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 #[repr(C, align(64))]
 pub(super) struct Sixteen(pub [[f32; 16]; 4]);
 
@@ -75,91 +75,133 @@ fn some(from: &[f32], first: usize) -> __m512 {
     unsafe { _mm512_maskz_loadu_ps(lanes(0, from.len()), from.as_ptr()) }
 }
 
-/// What makes each row's channels, times their steps, integers at any origin.
-///
-/// A turn keeps a pair's length, and a key's pair is at most as long as [`QUERY_SUM`] takes it to be: the largest length
-/// bounds every channel, and the sum of lengths every score. A length is at most the larger channel and 0.42 of the smaller.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(in crate::attend) fn factors(q: &[f32], steps: &[f32], to: &mut Vec<f32>) {
-    to.clear();
-    for row in q.chunks_exact(steps.len()) {
-        let (mut most, mut total) = (_mm512_setzero_ps(), _mm512_setzero_ps());
-        for first in (0..row.len()).step_by(16) {
-            let x = _mm512_abs_ps(_mm512_mul_ps(some(row, first), some(steps, first)));
-            let y = _mm512_permute_ps::<0b10_11_00_01>(x);
-            let length = _mm512_fmadd_ps(_mm512_min_ps(x, y), _mm512_set1_ps(0.414_214), _mm512_max_ps(x, y));
-            most = _mm512_max_ps(most, length);
-            total = _mm512_add_ps(total, length);
+/// A call's queries at their own position: what of them no block changes.
+#[derive(Debug, Default)]
+pub(in crate::attend) struct Queries {
+    /// What makes each row integers.
+    pub factors: Vec<f32>,
+    /// Rows times steps and factors: pairs of 16-bit channels `[rows, head_dim / 32]`, rounded up.
+    pub(super) ints: Vec<Pairs>,
+    /// Rows as they are, side by side: `[rows / 4, head_dim / 16]`, rounded up.
+    pub(super) sides: Vec<Sixteen>,
+}
+
+/// Sixteen pairs of channels of a row.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C, align(64))]
+pub(super) struct Pairs([i32; 16]);
+
+impl Queries {
+    /// Rows of [`Queries::ints`] are so long.
+    pub fn vectors(d: usize) -> usize {
+        d.div_ceil(32)
+    }
+
+    /// Becomes the queries `q` `[rows, head_dim]` of blocks with these steps `[head_dim]`.
+    ///
+    /// A turn keeps a pair's length, and a key's pair is at most as long as [`QUERY_SUM`] takes it to be: the largest length
+    /// bounds every channel, and the sum of lengths every score. A length is at most the larger channel and 0.42 of the smaller.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+    pub fn set(&mut self, q: &[f32], steps: &[f32]) {
+        let d = steps.len();
+        let (rows, vectors) = (q.len() / d, Self::vectors(d));
+        self.factors.clear();
+        self.ints.resize(rows * vectors, Pairs::default());
+        for (row, ints) in q.chunks_exact(d).zip(self.ints.chunks_exact_mut(vectors)) {
+            let (mut most, mut total) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+            for first in (0..d).step_by(16) {
+                let x = _mm512_abs_ps(_mm512_mul_ps(some(row, first), some(steps, first)));
+                let y = _mm512_permute_ps::<0b10_11_00_01>(x);
+                let length = _mm512_fmadd_ps(_mm512_min_ps(x, y), _mm512_set1_ps(0.414_214), _mm512_max_ps(x, y));
+                most = _mm512_max_ps(most, length);
+                total = _mm512_add_ps(total, length);
+            }
+            // Each pair was counted twice.
+            let (most, total) = (_mm512_reduce_max_ps(most), _mm512_reduce_add_ps(total) / 2.0);
+            let factor = if total > 0.0 { (32767.0 / most).min(QUERY_SUM / total) } else { 0.0 };
+            // A query of zeros, or one too small to scale, scores 0.
+            let factor = if factor.is_finite() { factor } else { 0.0 };
+            self.factors.push(factor);
+            for (first, to) in (0..d).step_by(16).zip(ints.iter_mut().flat_map(|to| to.0.as_chunks_mut::<8>().0)) {
+                let scale = _mm512_mul_ps(some(steps, first), _mm512_set1_ps(factor));
+                let eight = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(some(row, first), scale)));
+                // SAFETY: 32 writable bytes; unaligned stores are allowed.
+                unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), eight) };
+            }
         }
-        // Each pair was counted twice.
-        let (most, total) = (_mm512_reduce_max_ps(most), _mm512_reduce_add_ps(total) / 2.0);
-        let factor = if total > 0.0 { (32767.0 / most).min(QUERY_SUM / total) } else { 0.0 };
-        // A query of zeros, or one too small to scale, scores 0.
-        to.push(if factor.is_finite() { factor } else { 0.0 });
+        self.sides.resize(rows.div_ceil(ROWS) * d.div_ceil(16), Sixteen::default());
+        for (rows, sides) in q.chunks(ROWS * d).zip(self.sides.chunks_exact_mut(d.div_ceil(16))) {
+            for (first, side) in (0..d).step_by(16).zip(sides) {
+                let mut four = [_mm512_setzero_ps(); ROWS];
+                for (row, to) in rows.chunks_exact(d).zip(&mut four) {
+                    *to = some(row, first);
+                }
+                side.set(four);
+            }
+        }
     }
 }
 
 /// Integer queries of a pair of channels, up to four rows: its two channels in 16 bits each.
 pub(super) type Pair = [i32; ROWS];
 
-/// Eight pairs of each row to rows side by side.
+/// Sixteen pairs of each row to rows side by side.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn set(to: &mut [Pair; 8], [a, b, c, d]: [__m256i; ROWS]) {
+fn side_by_side(to: &mut [Pair; 16], [a, b, c, d]: [__m512i; ROWS]) {
     let (low, high) = (
-        [_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d)],
-        [_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d)],
+        [_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d)],
+        [_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d)],
     );
-    let both = |x, y| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(x), y);
-    // Pairs 0, 4, 1 and 5, then 2, 6, 3 and 7.
-    let x = both(_mm256_unpacklo_epi64(low[0], low[1]), _mm256_unpackhi_epi64(low[0], low[1]));
-    let y = both(_mm256_unpacklo_epi64(high[0], high[1]), _mm256_unpackhi_epi64(high[0], high[1]));
-    let halves = [_mm512_shuffle_i64x2::<0b10_00_10_00>(x, y), _mm512_shuffle_i64x2::<0b11_01_11_01>(x, y)];
-    for (to, x) in to.as_chunks_mut::<4>().0.iter_mut().zip(halves) {
-        // SAFETY: 64 writable bytes; unaligned stores are allowed.
-        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) };
+    // Of each four pairs the first, the second, and so on.
+    let nth = [
+        _mm512_unpacklo_epi64(low[0], low[1]),
+        _mm512_unpackhi_epi64(low[0], low[1]),
+        _mm512_unpacklo_epi64(high[0], high[1]),
+        _mm512_unpackhi_epi64(high[0], high[1]),
+    ];
+    let halves = |x, y| [_mm512_shuffle_i64x2::<0b01_00_01_00>(x, y), _mm512_shuffle_i64x2::<0b11_10_11_10>(x, y)];
+    let (ab, cd) = (halves(nth[0], nth[1]), halves(nth[2], nth[3]));
+    for (h, to) in to.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+        let four = [
+            _mm512_shuffle_i64x2::<0b10_00_10_00>(ab[h], cd[h]),
+            _mm512_shuffle_i64x2::<0b11_01_11_01>(ab[h], cd[h]),
+        ];
+        for (to, x) in to.as_chunks_mut::<4>().0.iter_mut().zip(four) {
+            // SAFETY: 64 writable bytes; unaligned stores are allowed.
+            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) };
+        }
     }
 }
 
-/// Turns R rows `[R, d]` back by the origin: their channels times steps and factors to `ints`, and as they are to `local`,
-/// where it is asked for.
+/// Integer queries of R rows, `vectors` each, at the block's origin, side by side.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) fn turn<const R: usize>(
-    q: &[f32],
-    origin: Option<&Rotation>,
-    steps: &[f32],
-    factors: &[f32; R],
-    ints: &mut [[Pair; 8]],
-    local: Option<&mut [Sixteen]>,
-) {
-    let d = steps.len();
-    let twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    let odd = _mm512_castsi512_ps(_mm512_set1_epi64(i64::MIN));
-    let mut local = local.map(<[Sixteen]>::iter_mut);
-    for (first, ints) in (0..d).step_by(16).zip(ints) {
-        let step = some(steps, first);
-        let both = |part: &[f32]| {
-            let part = &part[first / 2..];
-            // SAFETY: only lanes that lie in the slice are read.
-            let eight = unsafe { _mm256_maskz_loadu_ps(lanes(0, part.len()) as u8, part.as_ptr()) };
-            _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(eight))
-        };
-        let turns = origin.map(|o| (both(&o.cos), _mm512_xor_ps(both(&o.sin), odd)));
-        let (mut rows, mut pairs) = ([_mm512_setzero_ps(); ROWS], [_mm256_setzero_si256(); ROWS]);
-        for r in 0..R {
-            let mut x = some(&q[r * d..(r + 1) * d], first);
-            if let Some((cos, sin)) = turns {
-                let other = _mm512_mul_ps(_mm512_permute_ps::<0b10_11_00_01>(x), sin);
-                x = _mm512_fmadd_ps(x, cos, other);
-            }
-            rows[r] = x;
-            let int = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_mul_ps(step, _mm512_set1_ps(factors[r]))));
-            pairs[r] = _mm512_cvtsepi32_epi16(int);
+pub(super) fn turn<const R: usize>(rows: &[Pairs], vectors: usize, origin: Option<&Rotation>, to: &mut [[Pair; 16]]) {
+    // Rounds as products of 16 bits do, whose 1 is 2^15: a cosine of 1 is as near to it as 16 bits allow.
+    let fixed = |x| _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(32767.0)));
+    let high = 0xaaaa_aaaa;
+    for (i, to) in to.iter_mut().enumerate().take(vectors) {
+        let turns = origin.map(|o| {
+            let (cos, sin) = (fixed(some(&o.cos, 16 * i)), fixed(some(&o.sin, 16 * i)));
+            let minus = _mm512_sub_epi32(_mm512_setzero_si512(), sin);
+            (
+                _mm512_mask_mov_epi16(cos, high, _mm512_slli_epi32::<16>(cos)),
+                _mm512_mask_mov_epi16(sin, high, _mm512_slli_epi32::<16>(minus)),
+            )
+        });
+        let mut four = [_mm512_setzero_si512(); ROWS];
+        for (r, four) in four.iter_mut().enumerate().take(R) {
+            // SAFETY: 64 readable bytes; unaligned loads are allowed.
+            let x = unsafe { _mm512_loadu_si512(rows[r * vectors + i].0.as_ptr().cast()) };
+            *four = match turns {
+                Some((cos, sin)) => {
+                    let other = _mm512_rol_epi32::<16>(x);
+                    _mm512_adds_epi16(_mm512_mulhrs_epi16(x, cos), _mm512_mulhrs_epi16(other, sin))
+                }
+                None => x,
+            };
         }
-        set(ints, pairs);
-        if let Some(to) = local.as_mut().and_then(Iterator::next) {
-            to.set(rows);
-        }
+        side_by_side(to, four);
     }
 }

@@ -10,10 +10,9 @@ use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::avx2::ahead::Ahead;
 use super::super::avx2::decode::{ROWS, Row, Scratch, Signs};
-use super::super::avx2::score::steps_of;
 use super::super::avx2::unpack::{by_rows, by_width, units};
 use super::super::view::{CodedView, Run, TOKENS};
-use super::query::{self, Pair, Sixteen};
+use super::query::{self, Pair, Pairs, Queries, Sixteen};
 use super::unpack::{self, Codes, Signposts};
 use super::{multiply_add, outliers};
 use crate::rope::{BlockTable, Rotation, Turns16};
@@ -25,8 +24,8 @@ type Sums<const R: usize> = [[__m512i; 4]; R];
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in crate::attend) fn coded(
     s: &mut Scratch,
+    queries: &Queries,
     block: usize,
-    q: &[f32],
     v: &CodedView<'_>,
     origin: Option<&Rotation>,
     table: &BlockTable,
@@ -44,23 +43,22 @@ pub(in crate::attend) fn coded(
             by_width!(run, signposts::<_>(v, &run, ahead, &mut s.signposts));
         }
     }
-    s.wide.ints.resize(d.div_ceil(16), Default::default());
-    s.wide.local.resize(d.div_ceil(16), Sixteen::default());
-    let keys = Keys { v, block, turn, stored };
-    let steps = steps_of(v, &s.steps);
-    let rows_of = q.chunks(ROWS * d).zip(s.wide.factors.chunks(ROWS)).zip(scores.chunks_mut(ROWS));
-    for ((q, factors), scores) in rows_of {
-        let (ints, local, outliers) = (&mut s.wide.ints[..], &mut s.wide.local[..], &s.wide.outliers);
-        let room = &mut s.signposts[..];
-        by_rows!(scores.len(), rows::<_>(q, &keys, origin, steps, factors, ahead, room, ints, local, outliers, scores));
+    let vectors = Queries::vectors(d);
+    s.wide.ints.resize(vectors, Default::default());
+    let keys = Keys { v, turn, stored };
+    let Queries { factors, ints, sides } = queries;
+    let (to, outliers, room) = (&mut s.wide.ints[..], &s.wide.outliers, &mut s.signposts[..]);
+    let groups = scores.chunks_mut(ROWS).zip(factors.chunks(ROWS));
+    let queries = ints.chunks(ROWS * vectors).zip(sides.chunks(d.div_ceil(16)));
+    for ((scores, factors), (ints, sides)) in groups.zip(queries) {
+        let extra = || (!v.outliers.places.is_empty()).then(|| outliers::score(outliers, block, sides, v));
+        by_rows!(scores.len(), rows::<_>(ints, &keys, origin, factors, ahead, room, to, extra, scores));
     }
 }
 
 /// A block's keys.
 struct Keys<'a> {
     v: &'a CodedView<'a>,
-    /// Which of the call's.
-    block: usize,
     /// None: they are stored turned.
     turn: Option<&'a BlockTable>,
     /// Whether all signposts are stored.
@@ -267,24 +265,21 @@ fn all_pairs<const R: usize, const TURN: bool>(
 /// Scores of R rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn rows<const R: usize>(
-    q: &[f32],
+    queries: &[Pairs],
     keys: &Keys<'_>,
     origin: Option<&Rotation>,
-    steps: &[f32],
     factors: &[f32],
     ahead: &mut Ahead<'_>,
     room: &mut [Signs],
-    ints: &mut [[Pair; 8]],
-    local: &mut [Sixteen],
-    extra: &outliers::Scratch,
+    ints: &mut [[Pair; 16]],
+    outliers: impl Fn() -> Option<[Sixteen; TOKENS / 16]>,
     scores: &mut [Row],
 ) {
     let (v, turn) = (keys.v, keys.turn);
     let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
     let factors: &[f32; R] = factors.first_chunk().expect("a factor a row");
-    let some = !v.outliers.places.is_empty();
-    query::turn::<R>(q, origin, steps, factors, ints, some.then_some(&mut *local));
-    let outliers = some.then(|| outliers::score(extra, keys.block, local, v));
+    query::turn::<R>(queries, ints.len(), origin, ints);
+    let outliers = outliers();
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
     // As many turns as there are pairs, or none where keys are stored turned.
     let turns = turn.map_or(&[][..], |t| &t.wide16[..v.head_dim() / 2]);

@@ -44,14 +44,14 @@ thread_local! {
 /// Where DOT is true, the CPU has the dot product extension and RDM.
 #[target_feature(enable = "neon")]
 pub(super) unsafe fn attend<const DOT: bool>(
-    rows: &Rows<'_>,
+    prepared: &mut PreparedRows<'_>,
     blocks: &[BlockView<'_>],
     next: &[BlockView<'_>],
     table: &BlockTable,
     state: &mut State,
 ) {
     // SAFETY: passed on.
-    SCRATCH.with_borrow_mut(|scratch| unsafe { with::<DOT>(scratch, rows, blocks, next, table, state) });
+    SCRATCH.with_borrow_mut(|scratch| unsafe { with::<DOT>(scratch, prepared, blocks, next, table, state) });
 }
 
 /// Scores of all blocks, then their probabilities, then their outputs: what one block waits for, another has.
@@ -61,22 +61,22 @@ pub(super) unsafe fn attend<const DOT: bool>(
 #[target_feature(enable = "neon")]
 unsafe fn with<const DOT: bool>(
     s: &mut Scratch,
-    rows: &Rows<'_>,
+    prepared: &mut PreparedRows<'_>,
     blocks: &[BlockView<'_>],
     next: &[BlockView<'_>],
     table: &BlockTable,
     state: &mut State,
 ) {
-    let n = rows.len();
+    let (d, n) = (prepared.rows.head_dim, prepared.rows.len());
     let mut weights = std::mem::take(&mut s.weights);
     weights.resize(blocks.len() * n, [0.0; TOKENS]);
     // SAFETY: passed on.
     unsafe {
-        scores::<DOT>(s, rows, blocks, next, table, &mut weights);
+        scores::<DOT>(s, prepared, blocks, next, table, &mut weights);
         for r in 0..n {
             softmax(&mut weights[r..], r, n, state);
         }
-        outputs::<DOT>(s, blocks, next, &weights, rows.head_dim, &mut state.out);
+        outputs::<DOT>(s, blocks, next, &weights, d, &mut state.out);
     }
     s.weights = weights;
 }
@@ -88,12 +88,13 @@ unsafe fn with<const DOT: bool>(
 #[target_feature(enable = "neon")]
 pub(in super::super) unsafe fn scores<const DOT: bool>(
     s: &mut Scratch,
-    rows: &Rows<'_>,
+    prepared: &mut PreparedRows<'_>,
     blocks: &[BlockView<'_>],
     next: &[BlockView<'_>],
     table: &BlockTable,
     weights: &mut [Row],
 ) {
+    let rows = &prepared.rows;
     let (d, n) = (rows.head_dim, rows.len());
     s.local.resize(n * d, 0.0);
     let mut before = None;

@@ -23,7 +23,7 @@ mod unpack;
 use std::arch::aarch64::*;
 
 use super::view::TOKENS;
-use super::{BlockView, DECODE_ROWS, Rows, SideView, State};
+use super::{BlockView, DECODE_ROWS, PreparedRows, Rows, SideView, State};
 use crate::neon::four_halves;
 use crate::rope::BlockTable;
 
@@ -34,21 +34,22 @@ const LANES: usize = 4;
 /// The CPU has NEON; where DOT is true, also the dot product extension and RDM.
 #[target_feature(enable = "neon")]
 pub(super) unsafe fn attend<const DOT: bool>(
-    rows: &Rows<'_>,
+    prepared: &mut PreparedRows<'_>,
     blocks: &[BlockView<'_>],
     next: &[BlockView<'_>],
     table: &BlockTable,
     state: &mut State,
 ) {
+    let rows = prepared.rows;
     if rows.len() <= DECODE_ROWS {
         // SAFETY: passed on.
-        unsafe { decode::attend::<DOT>(rows, blocks, next, table, state) };
+        unsafe { decode::attend::<DOT>(prepared, blocks, next, table, state) };
     } else {
         for (b, block) in blocks.iter().enumerate() {
             for side in next.get(b).iter().flat_map(|next| [&next.key, &next.value]) {
                 super::ahead::Ahead::of(Some(side), side).rest();
             }
-            prefill::attend(rows, block, table, state);
+            prefill::attend(&rows, block, table, state);
         }
     }
 }
