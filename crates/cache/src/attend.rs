@@ -192,18 +192,14 @@ impl History<'_> {
         let blocks = self.layer.blocks();
         // Nobody may have asked for what the first calls read.
         let first = parts.start.saturating_sub(1);
-        let of_calls = |n: usize| blocks[first.min(blocks.len())..].iter().take(n * BLOCKS);
-        of_calls(2).for_each(|block| self.kernels.prefetch_bytes(std::slice::from_ref(&**block)));
-        of_calls(1).for_each(|block| block.prefetch(self.kernels));
+        let of_calls = blocks[first.min(blocks.len())..].iter().take(BLOCKS);
+        of_calls.for_each(|block| block.prefetch(self.kernels));
         for part in parts.clone() {
             let (block, first, len, origin) = if part == 0 {
                 let sink = self.layer.sink();
                 (None, 0, sink.len(cx.channels), self.start)
             } else {
                 let b = part - 1;
-                if let Some(far) = blocks.get(b + 2 * BLOCKS) {
-                    self.kernels.prefetch_bytes(std::slice::from_ref(&**far));
-                }
                 if let Some(near) = blocks.get(b + BLOCKS) {
                     near.prefetch_index(&cx, self.kernels);
                     if let Some(origin) = self.origins.map(|o| &o[b + BLOCKS]) {
@@ -212,17 +208,17 @@ impl History<'_> {
                     }
                 }
                 let first = self.sinks + (self.layer.dropped() + b) * BLOCK_TOKENS;
-                (Some(&*blocks[b]), first, blocks[b].len(cx.channels), self.origins.map(|o| &o[b]))
+                (Some(&blocks[b]), first, blocks[b].len(cx.channels), self.origins.map(|o| &o[b]))
             };
             if len == 0 {
                 continue;
             }
             let in_window = |w: usize| first.saturating_add(w) >= position + n;
             let whole = self.layer.window().is_none_or(in_window) && first + len <= position + 1;
-            let mut outliers = None;
+            let mut starts = None;
             for (i, of) in heads.iter().enumerate() {
                 let sides = match block {
-                    Some(block) => block.views(of, &mut outliers)?,
+                    Some(block) => block.views(of, &mut starts)?,
                     None => self.layer.sink().views(of),
                 };
                 if whole {
@@ -246,9 +242,9 @@ impl History<'_> {
             if block.len(cx.channels) < BLOCK_TOKENS {
                 break;
             }
-            let mut outliers = None;
+            let mut starts = None;
             for (of, lists) in heads.iter().zip(&mut lists) {
-                let (key, value) = block.views(of, &mut outliers)?;
+                let (key, value) = block.views(of, &mut starts)?;
                 lists[1 - next].push(BlockView::new(key, value, BLOCK_TOKENS, None)?);
             }
         }

@@ -1,5 +1,7 @@
 //! A block in any of its forms, and the exact ones.
 
+use std::sync::Arc;
+
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use kvquant_kernels::attend::{Kernels, SideView, ViewError};
@@ -9,7 +11,7 @@ use kvquant_quant::pack::BLOCK_TOKENS;
 use kvquant_quant::{QuantError, Side, fits_half};
 
 use crate::bytes::Bytes;
-use crate::coded::{CodedBlock, HeadSide, Layout, Quantizers};
+use crate::coded::{CodedBlock, HeadSides, Layout, OpenBlock, Quantizers, Starts};
 
 /// Keys and values of tokens in fp16, token by token: `[tokens, kv_heads, head_dim]`.
 #[derive(Debug, Clone, Default)]
@@ -18,21 +20,26 @@ pub(crate) struct Rows {
     v: Vec<u16>,
 }
 
-/// A full block in fp16, channel by channel: `[kv_heads, head_dim, 64]`, so that tokens lie along a vector.
+/// A full block in fp16, channel by channel, so that tokens lie along a vector: keys `[kv_heads, head_dim, 64]`, then values.
 #[derive(Debug, Clone)]
-pub(crate) struct Tile {
-    k: Box<[u16]>,
-    v: Box<[u16]>,
-}
+pub(crate) struct Tile(Arc<[u16]>);
 
+/// A block. What it holds is reference counted: a clone shares it, and one that is written to is copied first if others hold it.
+/// Where it lies is said by the layer's list itself: nothing else has to be read, from where no CPU looks ahead, to find it.
 #[derive(Debug, Clone)]
 pub(crate) enum Block {
     /// Open fp16 block, or part of the recent window.
-    Rows(Box<Rows>),
+    Rows(Arc<Rows>),
     /// Full block of an fp16 cache.
     Tile(Tile),
+    /// Open block of codes.
+    Open(Arc<OpenBlock>),
+    /// Full block of codes.
     Coded(CodedBlock),
 }
+
+// A block's place is part of the bits that are reported.
+const _: () = assert!(size_of::<Block>() <= 24);
 
 /// What keeps a token from being stored, by side.
 pub(crate) type TokenError = (Side, QuantError);
@@ -105,9 +112,10 @@ impl Rows {
     }
 
     /// The full block channel by channel.
-    pub fn into_tile(self, channels: usize) -> Tile {
-        let turn = |rows: &[u16]| {
-            let mut tile = vec![0; rows.len()];
+    pub fn tile(&self, channels: usize) -> Tile {
+        let mut data: Arc<[u16]> = std::iter::repeat_n(0, self.k.len() + self.v.len()).collect();
+        let (k, v) = Arc::get_mut(&mut data).expect("nobody else has it yet").split_at_mut(self.k.len());
+        let turn = |rows: &[u16], tile: &mut [u16]| {
             // 32 channels at a time, so that a line of either side is in L1 until it is done.
             for first in (0..channels).step_by(32) {
                 for (t, row) in rows.chunks_exact(channels).enumerate() {
@@ -116,30 +124,31 @@ impl Rows {
                     }
                 }
             }
-            tile.into_boxed_slice()
         };
-        let tile = Tile { k: turn(&self.k), v: turn(&self.v) };
-        prefer_large_pages(&tile.v);
-        tile
+        turn(&self.k, k);
+        turn(&self.v, v);
+        prefer_large_pages(&data);
+        Tile(data)
     }
 }
 
 impl Tile {
     /// Keys and values as stored.
     pub fn halves(&self) -> (&[u16], &[u16]) {
-        (&self.k, &self.v)
+        self.0.split_at(self.0.len() / 2)
     }
 
     /// A tile of keys and values, each `[kv_heads, head_dim, 64]`.
-    pub fn from_halves(k: Vec<u16>, v: Vec<u16>) -> Self {
-        Tile { k: k.into(), v: v.into() }
+    pub fn from_halves(k: &[u16], v: &[u16]) -> Self {
+        Tile(k.iter().chain(v).copied().collect())
     }
 
-    fn into_rows(self, channels: usize) -> Rows {
+    fn rows(&self, channels: usize) -> Rows {
         let turn = |tile: &[u16]| {
             (0..BLOCK_TOKENS).flat_map(|t| (0..channels).map(move |c| tile[c * BLOCK_TOKENS + t])).collect()
         };
-        Rows { k: turn(&self.k), v: turn(&self.v) }
+        let (k, v) = self.halves();
+        Rows { k: turn(k), v: turn(v) }
     }
 }
 
@@ -156,11 +165,22 @@ pub(crate) struct Head<'a> {
     head: usize,
     channels: usize,
     head_dim: usize,
-    /// Keys and values; `None` for an fp16 cache.
-    coded: Option<[HeadSide<'a>; 2]>,
+    /// `None` for an fp16 cache.
+    coded: Option<HeadSides<'a>>,
+}
+
+impl Head<'_> {
+    #[inline(always)]
+    fn coded(&self) -> &HeadSides<'_> {
+        self.coded.as_ref().expect("coded blocks exist only in a cache with quantizers")
+    }
 }
 
 impl<'a> Context<'a> {
+    fn layout(&self) -> &'a Layout {
+        self.codec.expect("a coded block has a codec").0
+    }
+
     /// What is common to a head's part of every block.
     ///
     /// # Errors
@@ -192,35 +212,64 @@ impl Block {
     pub fn exact(k: &[f32], v: &[f32], channels: usize) -> Result<Self, (usize, TokenError)> {
         let rows = Rows::of(k, v, channels)?;
         let full = rows.len(channels) == BLOCK_TOKENS;
-        Ok(if full { Block::Tile(rows.into_tile(channels)) } else { Block::Rows(rows.into()) })
+        Ok(if full { Block::Tile(rows.tile(channels)) } else { Block::Rows(rows.into()) })
     }
 
     pub fn len(&self, channels: usize) -> usize {
         match self {
             Block::Rows(r) => r.len(channels),
-            Block::Tile(_) => BLOCK_TOKENS,
-            Block::Coded(c) => c.len(),
+            Block::Tile(_) | Block::Coded(_) => BLOCK_TOKENS,
+            Block::Open(c) => c.len(),
         }
     }
 
-    /// A head's keys and values. `outliers` is none for the first head that is asked for, and afterwards says where those of
-    /// the next one begin.
+    /// Whether it takes no more tokens, and stays in the form that it has.
+    pub fn is_final(&self) -> bool {
+        matches!(self, Block::Tile(_) | Block::Coded(_))
+    }
+
+    /// How many hold its data.
+    pub fn holders(&self) -> usize {
+        match self {
+            Block::Rows(rows) => Arc::strong_count(rows),
+            Block::Tile(Tile(data)) => Arc::strong_count(data),
+            Block::Open(open) => Arc::strong_count(open),
+            Block::Coded(coded) => coded.holders(),
+        }
+    }
+
+    /// A copy of a final block that shares nothing.
+    pub fn copied(&self) -> Self {
+        match self {
+            Block::Tile(Tile(data)) => {
+                let data: Arc<[u16]> = (&**data).into();
+                prefer_large_pages(&data);
+                Block::Tile(Tile(data))
+            }
+            Block::Coded(coded) => Block::Coded(coded.copied()),
+            Block::Rows(rows) => Block::Rows(Arc::new(Rows::clone(rows))),
+            Block::Open(open) => Block::Open(Arc::new(OpenBlock::clone(open))),
+        }
+    }
+
+    /// A head's keys and values. `starts` is none for the first head that is asked for, and afterwards says where the outliers
+    /// of the next one begin.
     #[inline(always)]
     pub fn views<'a>(
         &'a self,
         of: &'a Head<'a>,
-        outliers: &mut Option<[usize; 2]>,
+        starts: &mut Option<Starts>,
     ) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
         match self {
             Block::Rows(r) => Ok(r.views(of)),
             Block::Tile(t) => {
                 let n = of.head_dim * BLOCK_TOKENS;
                 let at = of.head * n..(of.head + 1) * n;
-                Ok((SideView::Tile { data: &t.k[at.clone()] }, SideView::Tile { data: &t.v[at] }))
+                let (k, v) = t.halves();
+                Ok((SideView::Tile { data: &k[at.clone()] }, SideView::Tile { data: &v[at] }))
             }
-            Block::Coded(c) => {
-                c.views(of.coded.as_ref().expect("coded blocks exist only in a cache with quantizers"), outliers)
-            }
+            Block::Open(c) => c.parts().views(of.coded(), starts),
+            Block::Coded(c) => c.views(of.coded(), starts),
         }
     }
 
@@ -234,9 +283,7 @@ impl Block {
     /// Asks for all of a coded block.
     pub fn prefetch(&self, kernels: Kernels) {
         if let Block::Coded(c) = self {
-            let (fixed, outliers) = c.parts();
-            kernels.prefetch_bytes(fixed);
-            kernels.prefetch_bytes(outliers);
+            kernels.prefetch_bytes(c.words());
         }
     }
 
@@ -244,19 +291,19 @@ impl Block {
     /// decoded values, so that tokens that follow enter it exactly.
     pub fn truncate(&mut self, cx: &Context<'_>, len: usize, window: bool) -> Result<(), ViewError> {
         match self {
-            Block::Rows(r) => r.truncate(len, cx.channels),
-            Block::Tile(_) => {
-                let Block::Tile(tile) = std::mem::replace(self, Block::Rows(Box::default())) else { return Ok(()) };
-                let mut rows = tile.into_rows(cx.channels);
+            Block::Rows(r) => Arc::make_mut(r).truncate(len, cx.channels),
+            Block::Tile(tile) => {
+                let mut rows = tile.rows(cx.channels);
                 rows.truncate(len, cx.channels);
                 *self = Block::Rows(rows.into());
             }
-            Block::Coded(c) if window => {
-                c.truncate(cx.codec.expect("a coded block has a codec").0, len);
-                let rows = self.decoded(cx, len)?;
-                *self = Block::Rows(rows.into());
+            Block::Coded(_) | Block::Open(_) if window => *self = Block::Rows(self.decoded(cx, len)?.into()),
+            Block::Coded(c) => {
+                let mut open = OpenBlock::again(cx.layout(), c);
+                open.truncate(cx.layout(), len);
+                *self = Block::Open(open.into());
             }
-            Block::Coded(c) => c.truncate(cx.codec.expect("a coded block has a codec").0, len),
+            Block::Open(open) => Arc::make_mut(open).truncate(cx.layout(), len),
         }
         Ok(())
     }
@@ -285,8 +332,9 @@ impl Block {
         let exact = |n| Bytes { exact: n, ..Bytes::default() };
         match self {
             Block::Rows(r) => exact(r.bytes() + size_of::<Rows>()),
-            Block::Tile(t) => exact(2 * (t.k.len() + t.v.len())),
-            Block::Coded(c) => c.bytes(cx.codec.expect("a coded block has a codec").0),
+            Block::Tile(Tile(data)) => exact(2 * data.len()),
+            Block::Open(open) => open.bytes(cx.layout()),
+            Block::Coded(c) => c.bytes(cx.layout()),
         }
     }
 }

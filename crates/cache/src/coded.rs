@@ -1,14 +1,16 @@
-//! A block of codes.
+//! Blocks of codes: how they are laid out, and how they are read.
+
+mod open;
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use half::f16;
 use kvquant_kernels::attend::{CodedView, HeadLut, Outliers, SideView, TokenScales, ViewError};
 use kvquant_kernels::memory::prefer_large_pages;
-use kvquant_quant::pack::{
-    BLOCK_TOKENS, OUTLIER_BYTES, UNIT_CHANNELS, pack_unit, set_code, set_codes, sum_of, unit_bytes,
-};
-use kvquant_quant::{Outlier, SideQuantizer, TokenCodes};
+use kvquant_quant::SideQuantizer;
+use kvquant_quant::pack::{BLOCK_TOKENS, OUTLIER_BYTES, UNIT_CHANNELS, sum_of, unit_bytes};
+
+pub(crate) use open::OpenBlock;
 
 use crate::bytes::Bytes;
 
@@ -123,7 +125,7 @@ impl Layout {
     }
 
     /// Where a head's keys and values lie in every block, and how they decode.
-    pub fn head<'a>(&'a self, q: &'a Quantizers, head: usize) -> Result<[HeadSide<'a>; 2], ViewError> {
+    pub fn head<'a>(&'a self, q: &'a Quantizers, head: usize) -> Result<HeadSides<'a>, ViewError> {
         let side = |l: &'a SideLayout, place: &Place, q: &'a SideQuantizer| -> Result<HeadSide<'a>, ViewError> {
             let (lut, d) = (q.lut(), l.head_dim);
             let of_head = head * d..(head + 1) * d;
@@ -150,17 +152,44 @@ impl Layout {
                 scales,
             })
         };
-        Ok([side(&self.key, &self.places[0], &q.key)?, side(&self.value, &self.places[1], &q.value)?])
+        Ok(HeadSides {
+            key: side(&self.key, &self.places[0], &q.key)?,
+            value: side(&self.value, &self.places[1], &q.value)?,
+            counts: self.counts(),
+            words: self.words,
+        })
+    }
+
+    /// The counts of outliers of both sides.
+    fn counts(&self) -> Range<usize> {
+        self.places[0].counts.start..self.places[1].counts.end
     }
 
     /// Bytes of a block without its outliers.
     pub fn fixed_bytes(&self) -> usize {
         4 * self.words
     }
+
+    /// What a block's bytes, which are `all`, hold.
+    fn bytes(&self, all: usize) -> Bytes {
+        let codes = self.places[1].codes.end;
+        let scales = self.places.iter().map(|p| 2 * p.scales.len()).sum();
+        Bytes { codes, scales, outliers: all - codes - scales, ..Bytes::default() }
+    }
+}
+
+/// Where the parts of a head lie in every block.
+pub(crate) struct HeadSides<'a> {
+    key: HeadSide<'a>,
+    value: HeadSide<'a>,
+    /// Counts of all heads, both sides.
+    counts: Range<usize>,
+    /// Words of a block's fixed part.
+    words: usize,
 }
 
 /// One side of a head: where its parts lie in a block, codes and counts in bytes, scales in halves.
-pub(crate) struct HeadSide<'a> {
+struct HeadSide<'a> {
     lut: HeadLut<'a>,
     codes: Range<usize>,
     counts: Range<usize>,
@@ -170,7 +199,13 @@ pub(crate) struct HeadSide<'a> {
     scales: Option<(Range<usize>, Range<usize>)>,
 }
 
-/// Up to 64 tokens of keys and values as codes.
+/// Where the outliers of the next head begin, keys and values, and how many the block has.
+pub(crate) struct Starts {
+    next: [usize; 2],
+    all: usize,
+}
+
+/// The data of a block of up to 64 tokens of keys and values as codes.
 ///
 /// ```text
 /// fixed     key codes   [C / 4 units] of widths[unit] * 32 bytes     unit layout: kvquant_quant::pack
@@ -182,285 +217,121 @@ pub(crate) struct HeadSide<'a> {
 /// outliers  a byte each, unit by unit, keys first: place_in_unit * 64 + token; then in the same order
 ///           fp16(exact value - dense value), low byte first
 /// ```
-#[derive(Debug, Clone)]
-pub(crate) struct CodedBlock {
-    fixed: Box<[u32]>,
-    outliers: Vec<u8>,
+#[derive(Clone, Copy)]
+pub(crate) struct Parts<'a> {
+    fixed: &'a [u32],
+    /// What lies behind the last is no outlier.
+    outliers: &'a [u8],
 }
 
-// A block's header is part of the bits that are reported.
-const _: () = assert!(size_of::<CodedBlock>() <= 40);
-/// Outliers that an open block makes room for at a time: doubling would leave much of it unused.
-const GROW_OUTLIERS: usize = 32;
-
-impl CodedBlock {
-    pub fn new(layout: &Layout) -> Self {
-        let fixed: Box<[u32]> = vec![0; layout.words].into();
-        prefer_large_pages(&fixed);
-        CodedBlock { fixed, outliers: Vec::new() }
+impl<'a> Parts<'a> {
+    fn bytes(self) -> &'a [u8] {
+        bytemuck::cast_slice(self.fixed)
     }
 
-    /// What is stored: the fixed part, and the outliers.
-    pub fn parts(&self) -> (&[u32], &[u8]) {
-        (&self.fixed, &self.outliers)
+    fn halves(self) -> &'a [u16] {
+        bytemuck::cast_slice(self.fixed)
     }
 
-    /// A block of `len` tokens from the bytes of its [`parts`](CodedBlock::parts), with all checked that a damaged one
-    /// could get wrong.
-    pub fn from_parts(layout: &Layout, bytes: &[u8], len: usize) -> Result<Self, &'static str> {
-        let (fixed, outliers) = bytes.split_at_checked(4 * layout.words).ok_or("it is of another shape")?;
-        let fixed = fixed.as_chunks::<4>().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
-        let block = CodedBlock { fixed, outliers: outliers.to_vec() };
-        let counts = layout.places[0].counts.start..layout.places[1].counts.end;
-        let n = sum_of(&block.bytes_of()[counts]);
-        if block.len() != len {
-            return Err("it holds another number of tokens");
-        }
-        if outliers.len() != OUTLIER_BYTES * n {
-            return Err("it holds another number of outliers");
-        }
-        let (places, residuals) = outliers.split_at(n);
-        if places.iter().any(|&p| p as usize % BLOCK_TOKENS >= len) {
-            return Err("an outlier is behind its end");
-        }
-        let finite = |half: u16| half & 0x7c00 != 0x7c00;
-        let scales = layout.places.iter().flat_map(|p| &block.halves()[p.scales.clone()]);
-        if !scales.copied().all(finite) || !residuals.as_chunks().0.iter().all(|b| finite(u16::from_le_bytes(*b))) {
-            return Err("it holds a number that is not finite");
-        }
-        Ok(block)
+    fn len(self) -> usize {
+        *self.bytes().last().expect("the token count ends the fixed part") as usize
     }
 
-    pub fn len(&self) -> usize {
-        *self.bytes_of().last().expect("the token count ends the block") as usize
+    /// Both parts, the second without what lies behind its last outlier.
+    pub fn stored(self, layout: &Layout) -> (&'a [u32], &'a [u8]) {
+        (self.fixed, &self.outliers[..OUTLIER_BYTES * sum_of(&self.bytes()[layout.counts()])])
     }
 
-    fn set_len(&mut self, len: usize) {
-        *self.bytes_mut().last_mut().expect("the token count ends the block") = len as u8;
-    }
-
-    fn halves(&self) -> &[u16] {
-        bytemuck::cast_slice(&self.fixed)
-    }
-
-    fn bytes_of(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.fixed)
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.fixed)
-    }
-
-    /// Counts of outliers, and of tokens.
-    pub fn index(&self, layout: &Layout) -> &[u8] {
-        &self.bytes_of()[layout.places[0].counts.start..]
-    }
-
-    /// Outliers before a unit of a side, and in it.
-    #[inline]
-    fn outlier_range(&self, layout: &Layout, side: usize, units: Range<usize>) -> Range<usize> {
-        let bytes = self.bytes_of();
-        let sum = |range: Range<usize>| sum_of(&bytes[range]);
-        let counts = &layout.places[side].counts;
-        let keys = if side == 1 { sum(layout.places[0].counts.clone()) } else { 0 };
-        let first = keys + sum(counts.start..counts.start + units.start);
-        first..first + sum(counts.start + units.start..counts.start + units.end)
-    }
-
-    pub fn push(&mut self, layout: &Layout, key: &TokenCodes, value: &TokenCodes) {
-        for (side, (l, codes)) in [(&layout.key, key), (&layout.value, value)].into_iter().enumerate() {
-            self.set(layout, l, side, codes);
-        }
-        self.set_len(self.len() + 1);
-        if self.len() == BLOCK_TOKENS {
-            self.outliers.shrink_to_fit();
-        }
-    }
-
-    /// A full block from its tokens' keys and values: what [`push`](CodedBlock::push) makes of them one by one.
-    pub fn whole(layout: &Layout, keys: &[TokenCodes], values: &[TokenCodes]) -> Self {
-        assert_eq!((keys.len(), values.len()), (BLOCK_TOKENS, BLOCK_TOKENS), "a block of tokens");
-        let mut block = CodedBlock::new(layout);
-        let (mut places, mut residuals) = (Vec::new(), Vec::new());
-        for (side, (l, tokens)) in [(&layout.key, keys), (&layout.value, values)].into_iter().enumerate() {
-            let mut lists = vec![Vec::new(); l.units()];
-            for (t, o) in tokens.iter().enumerate().flat_map(|(t, codes)| codes.outliers.iter().map(move |o| (t, o))) {
-                let place = l.places[o.channel as usize] as usize;
-                let entry = (place % UNIT_CHANNELS * BLOCK_TOKENS + t) as u8;
-                lists[place / UNIT_CHANNELS].push((entry, o.residual.to_le_bytes()));
-            }
-            if lists.iter().any(|list| list.len() > u8::MAX as usize) {
-                return Self::one_by_one(layout, keys, values);
-            }
-            block.set_all(layout, l, side, tokens);
-            let counts = &mut block.bytes_mut()[layout.places[side].counts.clone()];
-            for (count, list) in counts.iter_mut().zip(&lists) {
-                *count = list.len() as u8;
-            }
-            places.extend(lists.iter().flatten().map(|(place, _)| *place));
-            residuals.extend(lists.iter().flatten().flat_map(|(_, residual)| *residual));
-        }
-        places.append(&mut residuals);
-        places.shrink_to_fit();
-        block.outliers = places;
-        block.set_len(BLOCK_TOKENS);
-        block
-    }
-
-    /// Where a unit has more outliers than its count can say, which of them stay depends on the order.
-    fn one_by_one(layout: &Layout, keys: &[TokenCodes], values: &[TokenCodes]) -> Self {
-        let mut block = CodedBlock::new(layout);
-        for (key, value) in keys.iter().zip(values) {
-            block.push(layout, key, value);
-        }
-        block
-    }
-
-    /// Codes and scales of all tokens of a side.
-    fn set_all(&mut self, layout: &Layout, l: &SideLayout, side: usize, tokens: &[TokenCodes]) {
-        let place = &layout.places[side];
-        let all = &mut self.bytes_mut()[place.codes.clone()];
-        let mut rows = [[0u8; BLOCK_TOKENS]; UNIT_CHANNELS];
-        for ((unit, &bits), channels) in
-            l.starts.windows(2).zip(&l.widths).zip(l.channels.as_chunks::<UNIT_CHANNELS>().0)
-        {
-            let channels = channels.map(|c| c as usize);
-            for (t, codes) in tokens.iter().enumerate() {
-                for (row, &c) in rows.iter_mut().zip(&channels) {
-                    row[t] = codes.codes[c];
-                }
-            }
-            pack_unit(bits as u32, rows.each_ref(), &mut all[unit[0]..unit[1]]);
-        }
-        let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut self.fixed);
-        let (scales, zeros) = halves[place.scales.clone()].split_at_mut(l.scales());
-        for (t, codes) in tokens.iter().enumerate() {
-            for (group, s) in scales.chunks_exact_mut(BLOCK_TOKENS).zip(&codes.scale) {
-                group[t] = s.to_bits();
-            }
-            for (group, z) in zeros.chunks_exact_mut(BLOCK_TOKENS).zip(&codes.zero) {
-                group[t] = z.to_bits();
-            }
-        }
-    }
-
-    fn set(&mut self, layout: &Layout, l: &SideLayout, side: usize, codes: &TokenCodes) {
-        let (token, place) = (self.len(), &layout.places[side]);
-        let all = &mut self.bytes_mut()[place.codes.clone()];
-        for ((unit, &bits), channels) in
-            l.starts.windows(2).zip(&l.widths).zip(l.channels.as_chunks::<UNIT_CHANNELS>().0)
-        {
-            set_codes(&mut all[unit[0]..unit[1]], bits as u32, token, channels.map(|c| codes.codes[c as usize]));
-        }
-        let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut self.fixed);
-        let (scales, zeros) = halves[place.scales.clone()].split_at_mut(l.scales());
-        for (group, s) in scales.chunks_exact_mut(BLOCK_TOKENS).zip(&codes.scale) {
-            group[token] = s.to_bits();
-        }
-        for (group, z) in zeros.chunks_exact_mut(BLOCK_TOKENS).zip(&codes.zero) {
-            group[token] = z.to_bits();
-        }
-        for o in &codes.outliers {
-            self.insert(layout, l, side, token, *o);
-        }
-    }
-
-    fn insert(&mut self, layout: &Layout, l: &SideLayout, side: usize, token: usize, o: Outlier) {
-        let place = l.places[o.channel as usize] as usize;
-        let unit = place / UNIT_CHANNELS;
-        let entry = (place % UNIT_CHANNELS * BLOCK_TOKENS + token) as u8;
-        let bits = o.residual.to_le_bytes();
-        let range = self.outlier_range(layout, side, unit..unit + 1);
-        let (at, n) = (layout.places[side].counts.start + unit, self.outliers.len() / OUTLIER_BYTES);
-        if self.bytes_mut()[at] < u8::MAX {
-            self.bytes_mut()[at] += 1;
-            if self.outliers.len() == self.outliers.capacity() {
-                self.outliers.reserve_exact(OUTLIER_BYTES * GROW_OUTLIERS);
-            }
-            // Behind the unit's last place, and behind its last residual, which lies one further by now.
-            self.outliers.insert(range.end, entry);
-            let residual = n + 1 + 2 * range.end;
-            self.outliers.splice(residual..residual, bits);
-            return;
-        }
-        // A unit of 256 entries counts at most 255 outliers: the smallest residual gives way.
-        let (places, residuals) = self.outliers.split_at_mut(n);
-        let residuals = residuals.as_chunks_mut::<2>().0;
-        let size = |bits: [u8; 2]| f16::from_le_bytes(bits).to_f32().abs();
-        if let Some(least) = range.min_by(|&a, &b| size(residuals[a]).total_cmp(&size(residuals[b])))
-            && size(residuals[least]) < size(bits)
-        {
-            (places[least], residuals[least]) = (entry, bits);
-        }
-    }
-
-    pub fn truncate(&mut self, layout: &Layout, len: usize) {
-        let n = self.outliers.len() / OUTLIER_BYTES;
-        let (old, residuals) = self.outliers.split_at(n);
-        let residuals = residuals.as_chunks::<2>().0;
-        let (mut places, mut kept, mut first) = (Vec::new(), Vec::new(), 0);
-        let counts = layout.places[0].counts.start..layout.places[1].counts.end;
-        let fixed: &mut [u8] = bytemuck::cast_slice_mut(&mut self.fixed);
-        for count in &mut fixed[counts] {
-            let (before, of_unit) = (places.len(), first..first + *count as usize);
-            first = of_unit.end;
-            for i in of_unit.filter(|&i| (old[i] as usize) % BLOCK_TOKENS < len) {
-                places.push(old[i]);
-                kept.extend(residuals[i]);
-            }
-            *count = (places.len() - before) as u8;
-        }
-        places.append(&mut kept);
-        self.outliers = places;
-        for (l, place) in [&layout.key, &layout.value].into_iter().zip(&layout.places) {
-            let codes = &mut self.bytes_mut()[place.codes.clone()];
-            for (unit, &bits) in l.starts.windows(2).zip(&l.widths) {
-                for (i, t) in (0..UNIT_CHANNELS).flat_map(|i| (len..BLOCK_TOKENS).map(move |t| (i, t))) {
-                    set_code(&mut codes[unit[0]..unit[1]], bits as u32, i, t, 0);
-                }
-            }
-            let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut self.fixed);
-            for group in halves[place.scales.clone()].chunks_exact_mut(BLOCK_TOKENS) {
-                group[len..].fill(0);
-            }
-        }
-        self.set_len(len);
-    }
-
-    /// One head's keys and values. `outliers` is none for the first head that is asked for, and afterwards says where those
+    /// One head's keys and values. `starts` is none for the first head that is asked for, and afterwards says where the outliers
     /// of the next one begin.
     #[inline(always)]
-    pub fn views<'a>(
-        &'a self,
-        [key, value]: &'a [HeadSide<'a>; 2],
-        outliers: &mut Option<[usize; 2]>,
+    pub fn views(
+        self,
+        of: &'a HeadSides<'a>,
+        starts: &mut Option<Starts>,
     ) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
-        let bytes = self.bytes_of();
-        let [of_keys, of_values] = outliers.get_or_insert_with(|| {
-            let before = |of: &HeadSide<'_>| sum_of(&bytes[of.before.clone()]);
-            [before(key), before(value)]
+        let bytes = self.bytes();
+        let Starts { next: [of_keys, of_values], all } = starts.get_or_insert_with(|| {
+            let next = [&of.key, &of.value].map(|side| sum_of(&bytes[side.before.clone()]));
+            Starts { next, all: sum_of(&bytes[of.counts.clone()]) }
         });
-        Ok((self.view(key, of_keys)?, self.view(value, of_values)?))
+        Ok((self.view(&of.key, of_keys, *all)?, self.view(&of.value, of_values, *all)?))
     }
 
-    /// A side whose outliers begin at `first`, which moves to their end.
+    /// A side whose outliers, of `all` of the block, begin at `first`, which moves to their end.
     #[inline(always)]
-    fn view<'a>(&'a self, of: &'a HeadSide<'a>, first: &mut usize) -> Result<SideView<'a>, ViewError> {
-        let (bytes, halves) = (self.bytes_of(), self.halves());
+    fn view(self, of: &'a HeadSide<'a>, first: &mut usize, all: usize) -> Result<SideView<'a>, ViewError> {
+        let (bytes, halves) = (self.bytes(), self.halves());
         let counts = &bytes[of.counts.clone()];
         let range = *first..*first + sum_of(counts);
         *first = range.end;
-        let (places, residuals) = self.outliers.split_at(self.outliers.len() / OUTLIER_BYTES);
+        let (places, residuals) = self.outliers.split_at(all);
         let outliers = Outliers { counts, places: &places[range.clone()], residuals: &residuals.as_chunks().0[range] };
         let scales = of.scales.clone().map(|(scale, zero)| TokenScales { scale: &halves[scale], zero: &halves[zero] });
         Ok(SideView::Coded(CodedView::new(&of.lut, &bytes[of.codes.clone()], scales, outliers)?))
     }
+}
 
-    /// The header is counted with the layer's list of blocks.
+/// 64 tokens of keys and values as codes, which no longer change: [`Parts`] in one piece, filled up to a word. One that is shared
+/// is cloned without its data.
+#[derive(Debug, Clone)]
+pub(crate) struct CodedBlock(Arc<[u32]>);
+
+impl CodedBlock {
+    fn of(fixed: &[u32], outliers: &[u8]) -> Self {
+        let word = |some: &[u8]| {
+            let mut bytes = [0; 4];
+            bytes[..some.len()].copy_from_slice(some);
+            u32::from_ne_bytes(bytes)
+        };
+        let data: Arc<[u32]> = fixed.iter().copied().chain(outliers.chunks(4).map(word)).collect();
+        prefer_large_pages(&data);
+        CodedBlock(data)
+    }
+
+    fn split(&self, words: usize) -> Parts<'_> {
+        let (fixed, outliers) = self.0.split_at(words);
+        Parts { fixed, outliers: bytemuck::cast_slice(outliers) }
+    }
+
+    /// Its data.
+    pub fn parts(&self, layout: &Layout) -> Parts<'_> {
+        self.split(layout.words)
+    }
+
+    /// [`Parts::views`]
+    #[inline(always)]
+    pub fn views<'a>(
+        &'a self,
+        of: &'a HeadSides<'a>,
+        starts: &mut Option<Starts>,
+    ) -> Result<(SideView<'a>, SideView<'a>), ViewError> {
+        self.split(of.words).views(of, starts)
+    }
+
+    /// Counts of outliers, and of tokens.
+    pub fn index(&self, layout: &Layout) -> &[u8] {
+        &bytemuck::cast_slice(&self.0[..layout.words])[layout.counts().start..]
+    }
+
+    /// All of its data.
+    pub fn words(&self) -> &[u32] {
+        &self.0
+    }
+
+    /// A copy that shares nothing.
+    pub fn copied(&self) -> Self {
+        let data: Arc<[u32]> = (&*self.0).into();
+        prefer_large_pages(&data);
+        CodedBlock(data)
+    }
+
+    /// How many hold its data.
+    pub fn holders(&self) -> usize {
+        Arc::strong_count(&self.0)
+    }
+
     pub fn bytes(&self, layout: &Layout) -> Bytes {
-        let codes = layout.places[1].codes.end;
-        let scales = layout.places.iter().map(|p| 2 * p.scales.len()).sum();
-        let outliers = 4 * self.fixed.len() - codes - scales + self.outliers.capacity();
-        Bytes { codes, scales, outliers, ..Bytes::default() }
+        layout.bytes(4 * self.0.len())
     }
 }

@@ -2,19 +2,18 @@
 
 use std::sync::Arc;
 
-use kvquant_kernels::memory::prefer_large_pages;
 use kvquant_quant::TokenCodes;
 use kvquant_quant::pack::BLOCK_TOKENS;
 
 use crate::block::{Block, Context, Rows, TokenError, by_block};
 use crate::bytes::Bytes;
-use crate::coded::{CodedBlock, Layout, Quantizers};
+use crate::coded::{CodedBlock, Layout, OpenBlock, Quantizers};
 use crate::online::{FIRST_BLOCKS, Online};
 
 /// How many blocks the list of a layer grows by, so that its spare room stays small.
 const GROW_BLOCKS: usize = 16;
-/// Bytes of a block's header, which lies beside the two counts of its Arc.
-const HEADER: usize = size_of::<Block>() + 2 * size_of::<usize>();
+/// Bytes of the counts of who holds a block.
+const COUNTS: usize = 2 * size_of::<usize>();
 
 /// Codes and layouts of a layer of a quantized cache.
 #[derive(Debug)]
@@ -43,7 +42,7 @@ fn whole_block(
     for (t, (k, v)) in k.chunks_exact(channels).zip(v.chunks_exact(channels)).enumerate() {
         quantize(quantizers, k, v, &mut keys[t], &mut values[t]).map_err(|e| (t, e))?;
     }
-    Ok(CodedBlock::whole(layout, &keys, &values))
+    Ok(OpenBlock::whole(layout, &keys, &values))
 }
 
 #[derive(Debug, Clone)]
@@ -61,8 +60,8 @@ pub(crate) struct Layer {
     sink: Rows,
     /// Blocks that were let go at the front.
     dropped: usize,
-    /// Shared with other sequences and with a store of prefixes: one that is written to is copied first.
-    blocks: Vec<Arc<Block>>,
+    /// Shared with other sequences and with a store of prefixes.
+    blocks: Vec<Block>,
     len: usize,
     key_codes: TokenCodes,
     value_codes: TokenCodes,
@@ -102,14 +101,14 @@ impl Layer {
     }
 
     /// Takes over a history of `len` tokens, which ends with a block.
-    pub fn resume(&mut self, sink: Rows, dropped: usize, blocks: Vec<Arc<Block>>, len: usize) {
+    pub fn resume(&mut self, sink: Rows, dropped: usize, blocks: Vec<Block>, len: usize) {
         (self.sink, self.dropped, self.blocks, self.len) = (sink, dropped, blocks, len);
     }
 
     /// Whether quantized blocks come before exact ones, as sealing leaves them, and an open block is one that takes
     /// tokens.
     pub fn is_sealed_in_order(&self) -> bool {
-        let exact = |b: &Arc<Block>| self.codec.is_some() && matches!(**b, Block::Rows(_));
+        let exact = |b: &Block| self.codec.is_some() && matches!(b, Block::Rows(_));
         self.blocks.is_sorted_by_key(exact)
     }
 
@@ -122,7 +121,7 @@ impl Layer {
     }
 
     /// Those that are kept, the first of them after [`dropped`](Layer::dropped) others.
-    pub fn blocks(&self) -> &[Arc<Block>] {
+    pub fn blocks(&self) -> &[Block] {
         &self.blocks
     }
 
@@ -216,20 +215,20 @@ impl Layer {
             if self.blocks.len() == self.blocks.capacity() {
                 self.blocks.reserve_exact(GROW_BLOCKS);
             }
-            self.blocks.push(Arc::new(match &self.codec {
-                Some(codec) if self.recent == 0 => Block::Coded(CodedBlock::new(&codec.layout)),
+            self.blocks.push(match &self.codec {
+                Some(codec) if self.recent == 0 => Block::Open(OpenBlock::new(&codec.layout).into()),
                 _ => Block::Rows(Rows::with_room(BLOCK_TOKENS, self.channels).into()),
-            }));
+            });
         }
-        let open = Arc::make_mut(self.blocks.last_mut().expect("a block was opened above"));
-        let pushed = match (open, &self.codec) {
-            (Block::Coded(block), Some(codec)) => {
+        let last = self.blocks.last_mut().expect("a block was opened above");
+        let pushed = match (last, &self.codec) {
+            (Block::Open(open), Some(codec)) => {
                 quantize(&codec.quantizers, k, v, &mut self.key_codes, &mut self.value_codes).map(|()| {
-                    block.push(&codec.layout, &self.key_codes, &self.value_codes);
+                    Arc::make_mut(open).push(&codec.layout, &self.key_codes, &self.value_codes);
                 })
             }
-            (Block::Rows(rows), _) => rows.push(k, v),
-            _ => unreachable!("only the last block is open, and a tile or foreign block is never last and short"),
+            (Block::Rows(rows), _) => Arc::make_mut(rows).push(k, v),
+            _ => unreachable!("the last block takes tokens until it is full"),
         };
         if let Err(e) = pushed {
             if (self.len - self.sinks).is_multiple_of(BLOCK_TOKENS) {
@@ -238,10 +237,12 @@ impl Layer {
             return Err(e);
         }
         self.len += 1;
-        if self.codec.is_none() && (self.len - self.sinks).is_multiple_of(BLOCK_TOKENS) {
-            let last = Arc::make_mut(self.blocks.last_mut().expect("a block was filled above"));
-            if let Block::Rows(rows) = std::mem::replace(last, Block::Rows(Box::default())) {
-                *last = Block::Tile(rows.into_tile(self.channels));
+        if (self.len - self.sinks).is_multiple_of(BLOCK_TOKENS) {
+            let last = self.blocks.last_mut().expect("a block was filled above");
+            match last {
+                Block::Open(open) => *last = Block::Coded(open.finish()),
+                Block::Rows(rows) if self.codec.is_none() => *last = Block::Tile(rows.tile(self.channels)),
+                _ => {}
             }
         }
         Ok(())
@@ -272,11 +273,10 @@ impl Layer {
     /// Whole blocks, side by side on all threads.
     fn store_whole(&mut self, k: &[f32], v: &[f32], start: usize) -> Result<(), (usize, TokenError)> {
         let blocks = by_block((k, v), self.channels, start, |k, v| {
-            let block = match &self.codec {
-                Some(codec) => codec.block(k, v, self.channels).map(Block::Coded)?,
-                None => Block::exact(k, v, self.channels)?,
-            };
-            Ok(Arc::new(block))
+            match &self.codec {
+                Some(codec) => codec.block(k, v, self.channels).map(Block::Coded),
+                None => Block::exact(k, v, self.channels),
+            }
         })?;
         self.len += blocks.len() * BLOCK_TOKENS;
         self.blocks.reserve_exact(blocks.len().next_multiple_of(GROW_BLOCKS));
@@ -286,17 +286,14 @@ impl Layer {
 
     /// Blocks that no longer change, from the first on.
     fn finished(&self) -> usize {
-        self.blocks
-            .iter()
-            .take_while(|b| !matches!(***b, Block::Rows(_)) && b.len(self.channels) == BLOCK_TOKENS)
-            .count()
+        self.blocks.iter().take_while(|b| b.is_final()).count()
     }
 
     /// Bytes of the blocks that no longer change, headers included, and their tokens.
     pub fn finished_bytes(&self) -> (usize, usize) {
         let n = self.finished();
         let data: usize = self.blocks[..n].iter().map(|b| b.bytes(&self.context(0)).total()).sum();
-        (data + n * (size_of::<Arc<Block>>() + HEADER), n * BLOCK_TOKENS)
+        (data + n * (size_of::<Block>() + COUNTS), n * BLOCK_TOKENS)
     }
 
     /// Blocks to [`repeat`](Layer::repeat): finished, and of the tables that those behind them would have.
@@ -319,12 +316,7 @@ impl Layer {
             return;
         }
         let of = self.repeatable();
-        let copy = |i: usize| {
-            let block = Arc::new(Block::clone(&self.blocks[of.start + i % of.len()]));
-            prefer_large_pages(std::slice::from_ref(&*block));
-            block
-        };
-        let more: Vec<_> = (0..copies).map(copy).collect();
+        let more: Vec<_> = (0..copies).map(|i| self.blocks[of.start + i % of.len()].copied()).collect();
         self.blocks.splice(of.end..of.end, more);
     }
 
@@ -339,19 +331,19 @@ impl Layer {
             return Ok(());
         }
         // Sealed blocks are a prefix: look only behind the last of them.
-        let from = self.blocks.iter().rposition(|b| matches!(**b, Block::Coded(_))).map_or(0, |i| i + 1);
+        let from = self.blocks.iter().rposition(|b| matches!(b, Block::Coded(_))).map_or(0, |i| i + 1);
         let to = left.saturating_sub(self.dropped).min(self.blocks.len());
         if let Some(online) = self.online.as_mut().filter(|_| from < to) {
             let blocks = &self.blocks[from..to];
             online.begin(|| {
                 let rows =
-                    blocks.iter().filter_map(|b| if let Block::Rows(r) = &**b { Some(r.floats()) } else { None });
+                    blocks.iter().filter_map(|b| if let Block::Rows(r) = b { Some(r.floats()) } else { None });
                 let (k, v): (Vec<_>, Vec<_>) = rows.unzip();
                 (k.concat(), v.concat())
             });
         }
         for b in from..to {
-            let Block::Rows(rows) = &*self.blocks[b] else { continue };
+            let Block::Rows(rows) = &self.blocks[b] else { continue };
             let (k, v) = rows.floats();
             let coded = match &mut self.online {
                 None => codec.block(&k, &v, self.channels),
@@ -360,7 +352,7 @@ impl Layer {
                     whole_block(&quantizers, &codec.layout, &k, &v, self.channels)
                 }
             };
-            self.blocks[b] = Arc::new(Block::Coded(coded.map_err(|(_, e)| e)?));
+            self.blocks[b] = Block::Coded(coded.map_err(|(_, e)| e)?);
         }
         Ok(())
     }
@@ -381,7 +373,7 @@ impl Layer {
             && let Some(mut last) = self.blocks.pop()
         {
             let cx = self.context(self.blocks.len());
-            let cut = Arc::make_mut(&mut last).truncate(&cx, kept % BLOCK_TOKENS, self.recent > 0);
+            let cut = last.truncate(&cx, kept % BLOCK_TOKENS, self.recent > 0);
             self.blocks.push(last);
             cut?;
         }
@@ -393,14 +385,14 @@ impl Layer {
         for block in &self.blocks {
             all += block.bytes(&self.context(0));
         }
-        all.index += self.blocks.capacity() * size_of::<Arc<Block>>() + self.blocks.len() * HEADER;
+        all.index += self.blocks.capacity() * size_of::<Block>() + self.blocks.len() * COUNTS;
         all.index += self.online.as_ref().map_or(0, Online::bytes);
         all
     }
 
     /// Bytes that `tokens` tokens take, about; outliers a quarter above the share that the spec asks for.
     pub fn bytes_for(&self, tokens: usize, outlier_share: f64) -> usize {
-        let header = size_of::<Arc<Block>>() + HEADER;
+        let header = size_of::<Block>() + COUNTS;
         let rows = |n: usize| 4 * n * self.channels;
         // A window keeps a block more than it sees, and the open one.
         let kept = self.window.map_or(tokens, |w| tokens.min(w.saturating_add(3 * BLOCK_TOKENS)));
@@ -424,12 +416,12 @@ impl Layer {
 
     /// How many hold each block that is kept.
     pub fn holders(&self) -> impl Iterator<Item = usize> {
-        self.blocks.iter().map(Arc::strong_count)
+        self.blocks.iter().map(Block::holders)
     }
 
     /// Bytes of the blocks that others hold as well.
     pub fn shared_bytes(&self) -> usize {
-        let shared = self.blocks.iter().filter(|b| Arc::strong_count(b) > 1);
+        let shared = self.blocks.iter().filter(|b| b.holders() > 1);
         shared.map(|b| b.bytes(&self.context(0)).total()).sum()
     }
 }

@@ -20,7 +20,7 @@ mod block;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use kvquant_quant::pack::BLOCK_TOKENS;
 use kvquant_quant::write_whole_with;
@@ -364,10 +364,10 @@ impl SessionFile {
     /// The file can't be read, is damaged, or is of another kind of cache.
     pub fn cache(&self, empty: &Cache) -> Result<Cache, SessionError> {
         let (dropped, sinks) = self.sinks(empty)?;
-        let mut blocks: Vec<Vec<Arc<crate::block::Block>>> = vec![Vec::new(); dropped.len()];
+        let mut blocks: Vec<Vec<crate::block::Block>> = vec![Vec::new(); dropped.len()];
         for i in 0..columns(empty, self.info.tokens) {
             for (list, block) in blocks.iter_mut().zip(self.column(empty, &dropped, i)?) {
-                list.extend(block.map(Arc::new));
+                list.extend(block);
             }
         }
         let mut layers: Vec<_> = empty.layers.iter().map(|l| l.fresh()).collect();

@@ -24,7 +24,7 @@ pub struct Segment {
 #[derive(Debug, Clone)]
 enum Parts {
     Sinks(Arc<[Rows]>),
-    Blocks(Box<[Arc<Block>]>),
+    Blocks(Box<[Block]>),
 }
 
 impl Segment {
@@ -40,18 +40,18 @@ impl Segment {
 
     /// A segment of blocks, one a layer; `None` where one of them is not final.
     pub(crate) fn of_blocks(empty: &Cache, blocks: Vec<Block>) -> Option<Self> {
-        if blocks.len() != empty.layers.len() || blocks.iter().any(|b| matches!(b, Block::Rows(_))) {
+        if blocks.len() != empty.layers.len() || !blocks.iter().all(Block::is_final) {
             return None;
         }
         let bytes = blocks.iter().zip(&empty.layers).map(|(b, l)| b.bytes(&l.context(0)).total()).sum();
-        Some(Segment { parts: Parts::Blocks(blocks.into_iter().map(Arc::new).collect()), bytes })
+        Some(Segment { parts: Parts::Blocks(blocks.into()), bytes })
     }
 
     /// How many hold it at most, over all layers, whoever keeps it among them.
     pub fn holders(&self) -> usize {
         match &self.parts {
             Parts::Sinks(rows) => Arc::strong_count(rows),
-            Parts::Blocks(blocks) => blocks.iter().map(Arc::strong_count).max().unwrap_or(0),
+            Parts::Blocks(blocks) => blocks.iter().map(Block::holders).max().unwrap_or(0),
         }
     }
 }
@@ -85,9 +85,8 @@ impl Cache {
         let mut bytes = 0;
         let blocks = self.layers.iter().map(|l| {
             let b = l.blocks().get(block.checked_sub(l.dropped())?)?;
-            let whole = b.len(self.shape.channels()) == BLOCK_TOKENS && !matches!(**b, Block::Rows(_));
             bytes += b.bytes(&l.context(0)).total();
-            whole.then(|| b.clone())
+            b.is_final().then(|| b.clone())
         });
         let blocks = blocks.collect::<Option<_>>()?;
         (self.sinks + (block + 1) * BLOCK_TOKENS <= self.len).then_some(Segment { parts: Parts::Blocks(blocks), bytes })

@@ -3,7 +3,7 @@
 use kvquant_quant::pack::BLOCK_TOKENS;
 
 use crate::block::{Block, Rows, Tile};
-use crate::coded::CodedBlock;
+use crate::coded::{OpenBlock, Parts};
 use crate::sequence::Cache;
 
 const ABSENT: u8 = 0;
@@ -38,7 +38,14 @@ pub(super) fn write_column(cache: &Cache, i: usize) -> Vec<u8> {
     for layer in &cache.layers {
         let block = i.checked_sub(layer.dropped()).and_then(|i| layer.blocks().get(i));
         let mut data = Vec::new();
-        let kind = match block.map(|b| &**b) {
+        let layout = layer.context(0).codec.map(|(layout, _)| layout);
+        let mut put_codes = |parts: Parts<'_>| {
+            let (fixed, outliers) = parts.stored(layout.expect("a coded block has a codec"));
+            fixed.iter().for_each(|w| data.extend_from_slice(&w.to_le_bytes()));
+            data.extend_from_slice(outliers);
+            CODED
+        };
+        let kind = match block {
             None => ABSENT,
             Some(Block::Rows(r)) => {
                 let (k, v) = r.halves();
@@ -52,12 +59,8 @@ pub(super) fn write_column(cache: &Cache, i: usize) -> Vec<u8> {
                 put_halves(&mut data, v);
                 TILE
             }
-            Some(Block::Coded(c)) => {
-                let (fixed, outliers) = c.parts();
-                fixed.iter().for_each(|w| data.extend_from_slice(&w.to_le_bytes()));
-                data.extend_from_slice(outliers);
-                CODED
-            }
+            Some(Block::Open(open)) => put_codes(open.parts()),
+            Some(Block::Coded(c)) => put_codes(c.parts(layout.expect("a coded block has a codec"))),
         };
         out.push(kind);
         put(&mut out, data.len());
@@ -155,10 +158,11 @@ pub(super) fn read_column(
                 if k.len() != c * BLOCK_TOKENS {
                     return Err("it is of another shape".into());
                 }
-                Some(Block::Tile(Tile::from_halves(k, v)))
+                Some(Block::Tile(Tile::from_halves(&k, &v)))
             }
             (CODED, Some((layout, _))) if full || !recent => {
-                Some(Block::Coded(CodedBlock::from_parts(layout, data, len).map_err(str::to_owned)?))
+                let block = OpenBlock::from_parts(layout, data, len)?;
+                Some(if full { Block::Coded(block.finish()) } else { Block::Open(block.into()) })
             }
             _ => return Err("it is of another kind than the cache spec asks for".into()),
         };
