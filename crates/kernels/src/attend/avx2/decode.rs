@@ -216,7 +216,7 @@ pub(in super::super) unsafe fn outputs<const WIDE: bool>(
                 }
             }
             [Some(v), ..] => {
-                let views: [CodedView<'_>; BLOCKS] = coded.map(|each| *each.unwrap_or(v));
+                let views: [&CodedView<'_>; BLOCKS] = coded.map(|each| each.unwrap_or(v));
                 let views = &views[..together];
                 if WIDE {
                     // SAFETY: passed on.

@@ -71,7 +71,7 @@ fn integers(w: &Weights, factor: f32) -> Integers {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn coded(
     s: &mut Scratch,
-    blocks: &[CodedView<'_>],
+    blocks: &[&CodedView<'_>],
     weights: &[Row],
     d: usize,
     ahead: &mut [Ahead<'_>; BLOCKS],
@@ -91,7 +91,7 @@ pub(super) fn coded(
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn rows<const R: usize>(
-    blocks: &[CodedView<'_>],
+    blocks: &[&CodedView<'_>],
     weights: ByBlock<'_>,
     d: usize,
     ahead: &mut [Ahead<'_>; BLOCKS],
@@ -180,7 +180,7 @@ impl GroupScales {
 /// One channel at a time: its sums, its signposts and a product are what the registers have room for.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn by_units<const B: u32, const R: usize>(
-    blocks: &[CodedView<'_>],
+    blocks: &[&CodedView<'_>],
     run: &Run<'_>,
     range: Range<usize>,
     ints: &[[Integers; R]; BLOCKS],

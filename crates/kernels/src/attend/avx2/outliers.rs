@@ -259,7 +259,7 @@ pub(super) fn score<const R: usize>(
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn mix<const R: usize>(
     s: &mut Scratch,
-    blocks: &[CodedView<'_>],
+    blocks: &[&CodedView<'_>],
     weights: ByBlock<'_>,
     d: usize,
     out: &mut [f32],

@@ -41,7 +41,7 @@ fn weights_of(row: &Row) -> Weights {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(in crate::attend) fn coded(
     s: &mut Scratch,
-    blocks: &[CodedView<'_>],
+    blocks: &[&CodedView<'_>],
     weights: &[Row],
     d: usize,
     ahead: &mut [Ahead<'_>; BLOCKS],
@@ -60,7 +60,7 @@ pub(in crate::attend) fn coded(
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn rows<const R: usize>(
     s: &mut outliers::Scratch,
-    blocks: &[CodedView<'_>],
+    blocks: &[&CodedView<'_>],
     weights: ByBlock<'_>,
     d: usize,
     ahead: &mut [Ahead<'_>; BLOCKS],
@@ -105,7 +105,7 @@ fn rows<const R: usize>(
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn integers<const R: usize>(
-    blocks: &[CodedView<'_>],
+    blocks: &[&CodedView<'_>],
     weights: ByBlock<'_>,
     d: usize,
     first: usize,
@@ -182,7 +182,7 @@ fn rounded(w: &Weights, factor: f32) -> Integers {
 /// little but products and lookups is left of the loop.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn by_units<const B: u32, const R: usize, const N: usize>(
-    blocks: &[CodedView<'_>; N],
+    blocks: &[&CodedView<'_>; N],
     run: &Run<'_>,
     range: Range<usize>,
     weight_units: &[f32; R],

@@ -20,6 +20,7 @@ pub(super) use score::coded as score;
 pub(super) use softmax::softmax;
 
 use std::arch::asm;
+use super::view::TOKENS;
 use std::arch::x86_64::*;
 
 /// What a thread reuses from block to block.
@@ -27,6 +28,8 @@ use std::arch::x86_64::*;
 pub(super) struct Scratch {
     /// Integer queries at the block's origin, as many rows as are multiplied at a time side by side.
     ints: Vec<[query::Pair; 16]>,
+    /// What outliers add to their scores.
+    extra: [query::Sixteen; TOKENS / 16],
     pub outliers: outliers::Scratch,
 }
 

@@ -284,12 +284,18 @@ pub(in crate::attend) fn place_keys(
     });
 }
 
-/// Rows by token: residuals times the queries' shares of their channels at their tokens, from the block's list.
+/// Rows by token: `sums` become residuals times the queries' shares of their channels at their tokens, from the block's list.
 /// `queries` lie side by side.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) fn score(s: &Scratch, block: usize, queries: &[Sixteen], v: &CodedView<'_>) -> [Sixteen; TOKENS / 16] {
-    let mut sums = [Sixteen::default(); TOKENS / 16];
+pub(super) fn score(
+    s: &Scratch,
+    block: usize,
+    queries: &[Sixteen],
+    v: &CodedView<'_>,
+    sums: &mut [Sixteen; TOKENS / 16],
+) {
+    *sums = Default::default();
     assert!(queries.len() >= v.head_dim().div_ceil(16));
     let from: *const f32 = queries.as_ptr().cast();
     let to: *mut f32 = sums.as_mut_ptr().cast();
@@ -306,14 +312,13 @@ pub(super) fn score(s: &Scratch, block: usize, queries: &[Sixteen], v: &CodedVie
             }
         }
     }
-    sums
 }
 
 /// out[r][c] += weights[r][t] * residual, over some blocks, whose `weights` lie side by side. `out` is `[R, d]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 pub(super) fn mix<const R: usize>(
     s: &mut Scratch,
-    blocks: &[CodedView<'_>],
+    blocks: &[&CodedView<'_>],
     d: usize,
     weights: impl Fn(usize) -> [Sixteen; TOKENS / 16],
     out: &mut [f32],

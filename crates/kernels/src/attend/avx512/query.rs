@@ -174,10 +174,16 @@ fn side_by_side(to: &mut [Pair; 16], [a, b, c, d]: [__m512i; ROWS]) {
     }
 }
 
-/// Integer queries of R rows, `vectors` each, at the block's origin, side by side.
+/// Integer queries of up to four rows, `vectors` each, at the block's origin, side by side.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) fn turn<const R: usize>(rows: &[Pairs], vectors: usize, origin: Option<&Rotation>, to: &mut [[Pair; 16]]) {
+pub(super) fn turn(
+    count: usize,
+    rows: &[Pairs],
+    vectors: usize,
+    origin: Option<&Rotation>,
+    to: &mut [[Pair; 16]],
+) {
     // Rounds as products of 16 bits do, whose 1 is 2^15: a cosine of 1 is as near to it as 16 bits allow.
     let fixed = |x| _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(32767.0)));
     let high = 0xaaaa_aaaa;
@@ -191,7 +197,7 @@ pub(super) fn turn<const R: usize>(rows: &[Pairs], vectors: usize, origin: Optio
             )
         });
         let mut four = [_mm512_setzero_si512(); ROWS];
-        for (r, four) in four.iter_mut().enumerate().take(R) {
+        for (r, four) in four.iter_mut().enumerate().take(count) {
             // SAFETY: 64 readable bytes; unaligned loads are allowed.
             let x = unsafe { _mm512_loadu_si512(rows[r * vectors + i].0.as_ptr().cast()) };
             *four = match turns {

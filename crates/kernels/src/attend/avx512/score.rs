@@ -12,7 +12,7 @@ use super::super::avx2::ahead::Ahead;
 use super::super::avx2::decode::{ROWS, Row, Scratch, Signs};
 use super::super::avx2::unpack::{by_rows, by_width, units};
 use super::super::view::{CodedView, Run, TOKENS};
-use super::query::{self, Pair, Pairs, Queries, Sixteen};
+use super::query::{self, Pair, Queries, Sixteen};
 use super::unpack::{self, Codes, Signposts};
 use super::{multiply_add, outliers};
 use crate::rope::{BlockTable, Rotation, Turns16};
@@ -48,11 +48,16 @@ pub(in crate::attend) fn coded(
     let keys = Keys { v, turn, stored };
     let Queries { factors, ints, sides } = queries;
     let (to, outliers, room) = (&mut s.wide.ints[..], &s.wide.outliers, &mut s.signposts[..]);
+    let extra = &mut s.wide.extra;
     let groups = scores.chunks_mut(ROWS).zip(factors.chunks(ROWS));
     let queries = ints.chunks(ROWS * vectors).zip(sides.chunks(d.div_ceil(16)));
     for ((scores, factors), (ints, sides)) in groups.zip(queries) {
-        let extra = || (!v.outliers.places.is_empty()).then(|| outliers::score(outliers, block, sides, v));
-        by_rows!(scores.len(), rows::<_>(ints, &keys, origin, factors, ahead, room, to, extra, scores));
+        query::turn(scores.len(), ints, vectors, origin, to);
+        let extra = (!v.outliers.places.is_empty()).then(|| {
+            outliers::score(outliers, block, sides, v, extra);
+            &*extra
+        });
+        by_rows!(scores.len(), rows::<_>(&keys, factors, ahead, room, to, extra, scores));
     }
 }
 
@@ -265,21 +270,17 @@ fn all_pairs<const R: usize, const TURN: bool>(
 /// Scores of R rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn rows<const R: usize>(
-    queries: &[Pairs],
     keys: &Keys<'_>,
-    origin: Option<&Rotation>,
     factors: &[f32],
     ahead: &mut Ahead<'_>,
     room: &mut [Signs],
-    ints: &mut [[Pair; 16]],
-    outliers: impl Fn() -> Option<[Sixteen; TOKENS / 16]>,
+    ints: &[[Pair; 16]],
+    outliers: Option<&[Sixteen; TOKENS / 16]>,
     scores: &mut [Row],
 ) {
     let (v, turn) = (keys.v, keys.turn);
     let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
     let factors: &[f32; R] = factors.first_chunk().expect("a factor a row");
-    query::turn::<R>(queries, ints.len(), origin, ints);
-    let outliers = outliers();
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
     // As many turns as there are pairs, or none where keys are stored turned.
     let turns = turn.map_or(&[][..], |t| &t.wide16[..v.head_dim() / 2]);
@@ -298,7 +299,7 @@ fn rows<const R: usize>(
         places
     };
     for i in 0..TOKENS / 16 {
-        let extra = outliers.as_ref().map(|o| o[i].rows());
+        let extra = outliers.map(|o| o[i].rows());
         // SAFETY: 64 readable bytes; unaligned loads are allowed.
         let places = unsafe { _mm512_loadu_si512(PLACES[i % 2].as_ptr().cast()) };
         for r in 0..R {

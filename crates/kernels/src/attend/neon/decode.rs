@@ -164,7 +164,7 @@ pub(in super::super) unsafe fn outputs<const DOT: bool>(
         match coded {
             [None, ..] => float::mix(now, &mut s.tile, d, &first.value, first.len, out),
             [Some(v), ..] => {
-                let views: [CodedView<'_>; BLOCKS] = coded.map(|each| *each.unwrap_or(v));
+                let views: [&CodedView<'_>; BLOCKS] = coded.map(|each| each.unwrap_or(v));
                 // SAFETY: passed on.
                 unsafe { mix::coded::<DOT>(s, &views[..together], now, d, &mut ahead, out) };
             }

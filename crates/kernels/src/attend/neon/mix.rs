@@ -45,7 +45,7 @@ struct Integers([[u8; 2 * BYTES]; TOKENS / BYTES]);
 #[target_feature(enable = "neon")]
 pub(super) unsafe fn coded<const DOT: bool>(
     s: &mut Scratch,
-    blocks: &[CodedView<'_>],
+    blocks: &[&CodedView<'_>],
     weights: &[Row],
     d: usize,
     ahead: &mut [Ahead<'_>; BLOCKS],
@@ -68,7 +68,7 @@ pub(super) unsafe fn coded<const DOT: bool>(
 /// As [`coded`].
 #[target_feature(enable = "neon")]
 unsafe fn rows<const R: usize, const DOT: bool>(
-    blocks: &[CodedView<'_>],
+    blocks: &[&CodedView<'_>],
     weights: ByBlock<'_>,
     d: usize,
     ahead: &mut [Ahead<'_>; BLOCKS],
@@ -173,7 +173,7 @@ fn integers<const DOT: bool>(w: &Weights, factor: f32) -> Integers {
 /// As [`coded`].
 #[target_feature(enable = "neon")]
 unsafe fn by_units<const B: u32, const R: usize, const DOT: bool>(
-    blocks: &[CodedView<'_>],
+    blocks: &[&CodedView<'_>],
     run: &Run<'_>,
     range: Range<usize>,
     ints: &[[Integers; R]; BLOCKS],

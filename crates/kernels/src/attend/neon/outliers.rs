@@ -136,7 +136,7 @@ pub(super) fn score<const R: usize>(
 #[target_feature(enable = "neon")]
 pub(super) fn mix<const R: usize>(
     s: &mut Scratch,
-    blocks: &[CodedView<'_>],
+    blocks: &[&CodedView<'_>],
     weights: ByBlock<'_>,
     d: usize,
     out: &mut [f32],
