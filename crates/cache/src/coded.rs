@@ -5,7 +5,7 @@ mod open;
 use std::ops::Range;
 use std::sync::Arc;
 
-use kvquant_kernels::attend::{CodedView, HeadLut, Outliers, SideView, TokenScales, ViewError};
+use kvquant_kernels::attend::{CodedView, HeadLut, SideView, TokenScales, ViewError};
 use kvquant_kernels::memory::prefer_large_pages;
 use kvquant_quant::SideQuantizer;
 use kvquant_quant::pack::{BLOCK_TOKENS, OUTLIER_BYTES, UNIT_CHANNELS, sum_of, unit_bytes};
@@ -262,13 +262,13 @@ impl<'a> Parts<'a> {
     #[inline(always)]
     fn view(self, of: &'a HeadSide<'a>, first: &mut usize, all: usize) -> Result<SideView<'a>, ViewError> {
         let (bytes, halves) = (self.bytes(), self.halves());
-        let counts = &bytes[of.counts.clone()];
-        let range = *first..*first + sum_of(counts);
-        *first = range.end;
         let (places, residuals) = self.outliers.split_at(all);
-        let outliers = Outliers { counts, places: &places[range.clone()], residuals: &residuals.as_chunks().0[range] };
+        let (places, residuals) = (&places[*first..], &residuals.as_chunks().0[*first..]);
         let scales = of.scales.clone().map(|(scale, zero)| TokenScales { scale: &halves[scale], zero: &halves[zero] });
-        Ok(SideView::Coded(CodedView::new(&of.lut, &bytes[of.codes.clone()], scales, outliers)?))
+        let (codes, counts) = (&bytes[of.codes.clone()], &bytes[of.counts.clone()]);
+        let (view, n) = CodedView::with_first(&of.lut, codes, scales, counts, places, residuals)?;
+        *first += n;
+        Ok(SideView::Coded(view))
     }
 }
 

@@ -32,8 +32,16 @@ pub const OUTLIER_BYTES: usize = 3;
 /// The sum of counts.
 #[inline]
 pub fn sum_of(counts: &[u8]) -> usize {
-    // 16-bit sums of at most 256 bytes, which compilers form 8 or 16 at a time.
-    counts.chunks(256).map(|some| some.iter().map(|&n| n as u16).sum::<u16>() as usize).sum()
+    // Most are few: sums of 16 bits in a word are shorter than vectors that have to be made and added up again.
+    const LOW: u64 = 0x00ff_00ff_00ff_00ff;
+    let (eights, rest) = counts.as_chunks::<8>();
+    let mut sum: usize = rest.iter().map(|&n| n as usize).sum();
+    for some in eights.chunks(32) {
+        let words = some.iter().map(|eight| u64::from_le_bytes(*eight));
+        let lanes = words.fold(0, |sum, word| sum + (word & LOW) + (word >> 8 & LOW));
+        sum += (lanes.wrapping_mul(0x0001_0001_0001_0001) >> 48) as usize;
+    }
+    sum
 }
 
 /// Bytes of a unit of `bits`-bit codes.

@@ -203,6 +203,26 @@ impl<'a> CodedView<'a> {
         scales: Option<TokenScales<'a>>,
         outliers: Outliers<'a>,
     ) -> Result<Self, ViewError> {
+        let Outliers { counts, places, residuals } = outliers;
+        let (view, n) = CodedView::with_first(lut, codes, scales, counts, places, residuals)?;
+        expect("outliers", n, places.len())?;
+        expect("residuals", n, residuals.len())?;
+        Ok(view)
+    }
+
+    /// Binds the parts, of which the outliers are the first in lists that go on behind them; and how many those are.
+    ///
+    /// # Errors
+    /// A part's size does not follow from the head's widths and groups, or the lists end too early.
+    #[inline]
+    pub fn with_first(
+        lut: &'a HeadLut<'a>,
+        codes: &'a [u8],
+        scales: Option<TokenScales<'a>>,
+        counts: &'a [u8],
+        places: &'a [u8],
+        residuals: &'a [[u8; 2]],
+    ) -> Result<(Self, usize), ViewError> {
         expect("codes", lut.code_bytes, codes.len())?;
         let groups = lut.group_channels.map_or(0, |g| lut.head_dim() / g);
         expect("scale", groups * TOKENS, scales.map_or(0, |s| s.scale.len()))?;
@@ -211,10 +231,12 @@ impl<'a> CodedView<'a> {
         {
             expect("zero", s.scale.len(), s.zero.len())?;
         }
-        expect("outlier counts", lut.widths.len(), outliers.counts.len())?;
-        expect("outliers", sum_of(outliers.counts), outliers.places.len())?;
-        expect("residuals", outliers.places.len(), outliers.residuals.len())?;
-        Ok(CodedView { lut, codes, scales, outliers })
+        expect("outlier counts", lut.widths.len(), counts.len())?;
+        let n = sum_of(counts);
+        let (Some(places), Some(residuals)) = (places.get(..n), residuals.get(..n)) else {
+            return Err(ViewError { part: "outliers", expected: n, got: places.len().min(residuals.len()) });
+        };
+        Ok((CodedView { lut, codes, scales, outliers: Outliers { counts, places, residuals } }, n))
     }
 
     /// Channels of the head.

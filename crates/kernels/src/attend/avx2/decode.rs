@@ -167,7 +167,10 @@ pub(in super::super) unsafe fn scores<'a, const WIDE: bool>(
         }
         ahead.rest();
         for (r, row) in scores.iter_mut().enumerate() {
-            row[rows.visible(r, block.len)..].fill(f32::NEG_INFINITY);
+            let visible = rows.visible(r, block.len);
+            if visible < TOKENS {
+                row[visible..].fill(f32::NEG_INFINITY);
+            }
         }
     }
 }

@@ -124,7 +124,10 @@ pub(in super::super) unsafe fn scores<const DOT: bool>(
         }
         ahead.rest();
         for (r, row) in scores.iter_mut().enumerate() {
-            row[rows.visible(r, block.len)..].fill(f32::NEG_INFINITY);
+            let visible = rows.visible(r, block.len);
+            if visible < TOKENS {
+                row[visible..].fill(f32::NEG_INFINITY);
+            }
         }
     }
 }
