@@ -47,6 +47,8 @@ pub struct HeadLut<'a> {
     pairs: Pairs,
     /// Channels that share a per-token scale; none where scales are static.
     group_channels: Option<usize>,
+    /// Units of the first width before another follows.
+    first_run: usize,
     /// Bytes of a block's codes.
     code_bytes: usize,
 }
@@ -129,6 +131,7 @@ impl<'a> HeadLut<'a> {
         let code_bytes = widths.iter().map(|&b| unit_bytes(b as u32)).sum();
         Ok(HeadLut {
             widths,
+            first_run: run_of(widths),
             tables,
             steps,
             order,
@@ -179,6 +182,11 @@ pub struct CodedView<'a> {
     pub(super) codes: &'a [u8],
     pub(super) scales: Option<TokenScales<'a>>,
     pub(super) outliers: Outliers<'a>,
+}
+
+/// How many widths are the first.
+fn run_of(widths: &[u8]) -> usize {
+    widths.iter().take_while(|&b| *b == widths[0]).count()
 }
 
 /// Units of one width, one after another.
@@ -259,13 +267,14 @@ impl<'a> CodedView<'a> {
     /// Runs of units of one width.
     #[inline(always)]
     pub(super) fn runs(&self) -> impl Iterator<Item = Run<'a>> {
-        let (mut rest, mut first) = (self.codes, 0);
-        self.lut.widths.chunk_by(|a, b| a == b).map(move |run| {
-            let bits = run[0] as u32;
-            let (codes, next) = rest.split_at(unit_bytes(bits) * run.len());
-            let (units, start) = (first..first + run.len(), self.codes.len() - rest.len());
+        let (mut rest, mut first, lut) = (self.codes, 0, self.lut);
+        std::iter::from_fn(move || {
+            let bits = *lut.widths.get(first)? as u32;
+            let n = if first == 0 { lut.first_run } else { run_of(&lut.widths[first..]) };
+            let (codes, next) = rest.split_at(unit_bytes(bits) * n);
+            let (units, start) = (first..first + n, self.codes.len() - rest.len());
             (rest, first) = (next, units.end);
-            Run { bits, units, vectors: codes.as_chunks::<VECTOR>().0, start }
+            Some(Run { bits, units, vectors: codes.as_chunks::<VECTOR>().0, start })
         })
     }
 
@@ -314,16 +323,6 @@ impl<'a> CodedView<'a> {
         match self.lut.tables[place.min(self.lut.tables.len() - 1)..].first_chunk::<UNIT_CHANNELS>() {
             Some([a, b, c, d]) => [a, b, c, d],
             None => [&self.lut.tables[0]; UNIT_CHANNELS],
-        }
-    }
-
-    /// Their steps.
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    pub(super) fn four_steps(&self, place: usize) -> [f32; UNIT_CHANNELS] {
-        match self.lut.steps[place.min(self.lut.steps.len() - 1)..].first_chunk() {
-            Some(steps) => *steps,
-            None => [self.lut.steps[0]; UNIT_CHANNELS],
         }
     }
 

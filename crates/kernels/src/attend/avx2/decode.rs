@@ -166,8 +166,9 @@ pub(in super::super) unsafe fn scores<'a, const WIDE: bool>(
             }
         }
         ahead.rest();
+        let all = rows.first_visible >= block.len;
         for (r, row) in scores.iter_mut().enumerate() {
-            let visible = rows.visible(r, block.len);
+            let visible = if all { block.len } else { rows.visible(r, block.len) };
             if visible < TOKENS {
                 row[visible..].fill(f32::NEG_INFINITY);
             }

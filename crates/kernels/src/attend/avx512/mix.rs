@@ -52,14 +52,14 @@ pub(in crate::attend) fn coded(
     while first < n {
         let (count, out) = (ROWS.min(n - first), &mut out[first * d..]);
         let weights = ByBlock { rows: &weights[first..], step: n };
-        by_rows!(count, rows::<_>(&mut s.wide.outliers, blocks, weights, d, ahead, out));
+        by_rows!(count, rows::<_>(&mut s.wide, blocks, weights, d, ahead, out));
         first += ROWS;
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn rows<const R: usize>(
-    s: &mut outliers::Scratch,
+    s: &mut super::Scratch,
     blocks: &[&CodedView<'_>],
     weights: ByBlock<'_>,
     d: usize,
@@ -69,7 +69,8 @@ fn rows<const R: usize>(
     let v = &blocks[0];
     let group_channels = v.group_channels();
     for first in (0..d).step_by(group_channels) {
-        let (units, ints) = integers::<R>(blocks, weights, d, first, out);
+        let units = integers::<R>(&mut s.weights, blocks, weights, d, first, out);
+        let ints = s.weights.ints.as_chunks::<R>().0;
         let group = first / UNIT_CHANNELS..(first + group_channels) / UNIT_CHANNELS;
         for run in v.runs() {
             let range = run.units.start.max(group.start)..run.units.end.min(group.end);
@@ -77,7 +78,8 @@ fn rows<const R: usize>(
                 continue;
             }
             if let Some(four) = blocks.first_chunk::<BLOCKS>() {
-                by_width!(run, by_units::<_, R, BLOCKS>(four, &run, range, &units, &ints, d, ahead, out));
+                let ints = ints.first_chunk().expect("weights of each block");
+                by_width!(run, by_units::<_, R, BLOCKS>(four, &run, range, &units, ints, d, ahead, out));
                 continue;
             }
             let each = blocks.as_chunks().0.iter().zip(ints.as_chunks().0).zip(ahead.as_chunks_mut().0);
@@ -86,36 +88,46 @@ fn rows<const R: usize>(
             }
         }
     }
-    let side_by_side = |b: usize| -> [Sixteen; TOKENS / 16] {
-        let mut all = [Sixteen::default(); TOKENS / 16];
+    let side_by_side = |b: usize, to: &mut [Sixteen; TOKENS / 16]| {
         let mut rows = [NO_WEIGHTS; ROWS];
         for r in 0..R {
             rows[r] = weights_of(weights.row(b, r));
         }
-        for (i, all) in all.iter_mut().enumerate() {
-            all.set([rows[0][i], rows[1][i], rows[2][i], rows[3][i]]);
+        for (i, to) in to.iter_mut().enumerate() {
+            to.set([rows[0][i], rows[1][i], rows[2][i], rows[3][i]]);
         }
-        all
     };
-    outliers::mix::<R>(s, blocks, d, side_by_side, out);
+    outliers::mix::<R>(&mut s.outliers, blocks, d, side_by_side, out);
 }
 
-/// A group's integer weights, and the size of one of each row. The zero points' share of the group's outputs is added to
-/// `out` `[R, d]`.
+/// What a thread reuses from call to call.
+#[derive(Default)]
+pub(super) struct Room {
+    /// Weights times scales `[blocks, R]`.
+    scaled: Vec<Weights>,
+    /// The same as integers.
+    ints: Vec<Integers>,
+}
+
+/// Makes a group's weights integers, and returns the size of one of each row. The zero points' share of the group's outputs is
+/// added to `out` `[R, d]`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn integers<const R: usize>(
+    room: &mut Room,
     blocks: &[&CodedView<'_>],
     weights: ByBlock<'_>,
     d: usize,
     first: usize,
     out: &mut [f32],
-) -> ([f32; R], [[Integers; R]; BLOCKS]) {
+) -> [f32; R] {
     let group_channels = blocks[0].group_channels();
-    let mut scaled = [[NO_WEIGHTS; R]; BLOCKS];
+    room.scaled.resize(R * blocks.len(), NO_WEIGHTS);
+    room.ints.resize(R * blocks.len(), NO_INTEGERS);
+    let scaled = room.scaled.as_chunks_mut::<R>().0;
     let mut shifts = [_mm512_setzero_ps(); R];
     let (mut most, mut total) = (shifts, shifts);
-    for (b, block) in blocks.iter().enumerate() {
+    for (b, (block, scaled)) in blocks.iter().zip(scaled.iter_mut()).enumerate() {
         let of_group = |from: &[u16]| -> Weights {
             let from = from[first / group_channels * TOKENS..].as_chunks::<16>().0;
             // SAFETY: 32 readable bytes; unaligned loads are allowed.
@@ -137,25 +149,26 @@ fn integers<const R: usize>(
                 most[r] = _mm512_max_ps(most[r], size);
                 total[r] = _mm512_add_ps(total[r], size);
             }
-            scaled[b][r] = w;
+            scaled[r] = w;
         }
     }
-    let (mut units, mut ints) = ([0.0; R], [[NO_INTEGERS; R]; BLOCKS]);
+    let ints = room.ints.as_chunks_mut::<R>().0;
+    let mut units = [0.0; R];
     for r in 0..R {
         let (most, total) = (_mm512_reduce_max_ps(most[r]), _mm512_reduce_add_ps(total[r]));
         let factor = if total > 0.0 { (32767.0 / most).min(WEIGHT_SUM / total) } else { 0.0 };
         // Weights that are too small to scale add nothing.
         let factor = if factor.is_finite() { factor } else { 0.0 };
         units[r] = if factor > 0.0 { 1.0 / factor } else { 0.0 };
-        for b in 0..blocks.len() {
-            ints[b][r] = rounded(&scaled[b][r], factor);
+        for (ints, scaled) in ints.iter_mut().zip(scaled.iter()) {
+            ints[r] = rounded(&scaled[r], factor);
         }
         if blocks[0].scales.is_some_and(|s| !s.zero.is_empty()) {
             let shift = _mm512_reduce_add_ps(shifts[r]);
             out[r * d + first..][..group_channels].iter_mut().for_each(|o| *o += shift);
         }
     }
-    (units, ints)
+    units
 }
 
 #[inline]
@@ -205,6 +218,8 @@ fn by_units<const B: u32, const R: usize, const N: usize>(
         // SAFETY: 64 readable bytes; unaligned loads are allowed.
         unsafe { _mm512_loadu_ps(lanes.as_ptr()) }
     };
+    // One step for all, or one a place.
+    let step = v.lut.steps.first().filter(|_| v.lut.steps.len() == 1).map(|&step| _mm512_set1_ps(step));
     for i in 0..n {
         let place = (range.start + i) * UNIT_CHANNELS;
         let tables = v.four_tables(place);
@@ -221,9 +236,11 @@ fn by_units<const B: u32, const R: usize, const N: usize>(
                 }
             }
         }
-        let steps = v.four_steps(place);
-        // SAFETY: 16 readable bytes; unaligned loads are allowed.
-        let steps = _mm512_broadcast_f32x4(unsafe { _mm_loadu_ps(steps.as_ptr()) });
+        let steps = step.unwrap_or_else(|| {
+            let steps: &[f32; UNIT_CHANNELS] = v.lut.steps[place..].first_chunk().expect("a step a place");
+            // SAFETY: 16 readable bytes; unaligned loads are allowed.
+            _mm512_broadcast_f32x4(unsafe { _mm_loadu_ps(steps.as_ptr()) })
+        });
         let sums = _mm512_mul_ps(_mm512_cvtepi32_ps(sums_of(&four)), _mm512_mul_ps(steps, units));
         let rows = [
             _mm512_castps512_ps128(sums),

@@ -31,6 +31,7 @@ pub(super) struct Scratch {
     /// What outliers add to their scores.
     extra: [query::Sixteen; TOKENS / 16],
     pub outliers: outliers::Scratch,
+    weights: mix::Room,
 }
 
 /// sums + a * b, products of 16-bit neighbours added in 32 bits.

@@ -25,6 +25,8 @@ pub(in crate::attend) struct Scratch {
     units: Vec<u16>,
     /// By block: all of them are made before the first is used, since each waits long for its units.
     lists: Vec<List>,
+    /// A block's weights.
+    weights: [Sixteen; TOKENS / 16],
     /// Sums by channel.
     sums: Vec<Sixteen>,
 }
@@ -54,10 +56,10 @@ impl Scratch {
             self.units.iter_mut().zip(units).for_each(|(to, unit)| *to = unit);
             return;
         }
-        let mut ends = [0u8; MOST_UNITS];
+        let mut ends = [u8::MAX; MOST_UNITS];
         let mut before = _mm_setzero_si128();
         for (counts, ends) in counts.chunks(16).zip(ends.as_chunks_mut::<16>().0) {
-            // SAFETY: only lanes that lie in the slice are read; 16 writable bytes.
+            // SAFETY: only lanes that lie in the slice are read and written; 16 writable bytes.
             unsafe {
                 let mut x = _mm_maskz_loadu_epi8(lanes(0, counts.len()), counts.as_ptr().cast());
                 x = _mm_add_epi8(x, _mm_bslli_si128::<1>(x));
@@ -66,7 +68,7 @@ impl Scratch {
                 x = _mm_add_epi8(x, _mm_bslli_si128::<8>(x));
                 x = _mm_add_epi8(x, before);
                 before = _mm_shuffle_epi8(x, _mm_set1_epi8(15));
-                _mm_storeu_si128(ends.as_mut_ptr().cast(), x);
+                _mm_mask_storeu_epi8(ends.as_mut_ptr().cast(), lanes(0, counts.len()), x);
             }
         }
         const NUMBERS: [u8; TOKENS] = {
@@ -77,7 +79,6 @@ impl Scratch {
             }
             numbers
         };
-        ends[counts.len()..].fill(u8::MAX);
         let sixteens = &ends.as_chunks::<16>().0[..counts.len().div_ceil(16)];
         for (first, to) in (0..n).step_by(TOKENS).zip(self.units.as_chunks_mut::<TOKENS>().0) {
             // SAFETY: 64 readable bytes; unaligned loads are allowed.
@@ -320,7 +321,7 @@ pub(super) fn mix<const R: usize>(
     s: &mut Scratch,
     blocks: &[&CodedView<'_>],
     d: usize,
-    weights: impl Fn(usize) -> [Sixteen; TOKENS / 16],
+    weights: impl Fn(usize, &mut [Sixteen; TOKENS / 16]),
     out: &mut [f32],
 ) {
     if blocks.iter().all(|v| v.outliers.places.is_empty()) {
@@ -337,8 +338,8 @@ pub(super) fn mix<const R: usize>(
     }
     for (b, v) in blocks.iter().enumerate() {
         assert!(v.head_dim() <= d);
-        let weights = weights(b);
-        let from: *const f32 = weights.as_ptr().cast();
+        weights(b, &mut s.weights);
+        let from: *const f32 = s.weights.as_ptr().cast();
         let to: *mut f32 = sums.as_mut_ptr().cast();
         for (at, [first, _]) in s.lists[b].sixteens(v.outliers.places.len()) {
             for i in 0..LANES {

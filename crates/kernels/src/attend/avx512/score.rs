@@ -49,15 +49,17 @@ pub(in crate::attend) fn coded(
     let Queries { factors, ints, sides } = queries;
     let (to, outliers, room) = (&mut s.wide.ints[..], &s.wide.outliers, &mut s.signposts[..]);
     let extra = &mut s.wide.extra;
-    let groups = scores.chunks_mut(ROWS).zip(factors.chunks(ROWS));
-    let queries = ints.chunks(ROWS * vectors).zip(sides.chunks(d.div_ceil(16)));
-    for ((scores, factors), (ints, sides)) in groups.zip(queries) {
-        query::turn(scores.len(), ints, vectors, origin, to);
+    let (sides_each, n) = (d.div_ceil(16), scores.len());
+    let mut first = 0;
+    while first < n {
+        let (scores, factors) = (&mut scores[first..n.min(first + ROWS)], &factors[first..]);
+        query::turn(scores.len(), &ints[first * vectors..], vectors, origin, to);
         let extra = (!v.outliers.places.is_empty()).then(|| {
-            outliers::score(outliers, block, sides, v, extra);
+            outliers::score(outliers, block, &sides[first / ROWS * sides_each..], v, extra);
             &*extra
         });
         by_rows!(scores.len(), rows::<_>(&keys, factors, ahead, room, to, extra, scores));
+        first += ROWS;
     }
 }
 

@@ -123,8 +123,9 @@ pub(in super::super) unsafe fn scores<const DOT: bool>(
             side => float::score(s, d, side, block.len, turn, scores),
         }
         ahead.rest();
+        let all = rows.first_visible >= block.len;
         for (r, row) in scores.iter_mut().enumerate() {
-            let visible = rows.visible(r, block.len);
+            let visible = if all { block.len } else { rows.visible(r, block.len) };
             if visible < TOKENS {
                 row[visible..].fill(f32::NEG_INFINITY);
             }
