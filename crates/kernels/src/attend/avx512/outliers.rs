@@ -13,6 +13,8 @@ use crate::rope::{BlockTable, Rotation};
 
 /// Outliers of a vector.
 const LANES: usize = 16;
+/// Outliers that are added in a row.
+const SOME: usize = 4;
 /// Units whose outliers are placed without a branch.
 const MOST_UNITS: usize = 64;
 /// From a pair's first channel to its second, in floats of a slice of [`Sixteen`].
@@ -177,16 +179,11 @@ fn ordered(order: &[u16], places: __m512i) -> __m512i {
 }
 
 impl List {
-    /// Sixteen outliers at a time, `n` in all: where each reads and adds, and what its parts weigh.
-    fn sixteens(&self, n: usize) -> impl Iterator<Item = (&[u32; LANES], [&[f32; LANES]; 2])> {
+    /// Some outliers at a time, as few as keep the program short, `n` in all: where each reads and adds, and what its parts weigh.
+    fn each(&self, n: usize) -> impl Iterator<Item = (&[u32; SOME], [&[f32; SOME]; 2])> {
         let weights = self.first.as_chunks().0.iter().zip(self.second.as_chunks().0);
-        self.at
-            .as_chunks()
-            .0
-            .iter()
-            .zip(weights)
-            .take(n.div_ceil(LANES))
-            .map(|(at, (first, second))| (at, [first, second]))
+        let some = self.at.as_chunks().0.iter().zip(weights).take(n.div_ceil(LANES) * (LANES / SOME));
+        some.map(|(at, (first, second))| (at, [first, second]))
     }
 
     #[inline]
@@ -300,8 +297,8 @@ pub(super) fn score(
     assert!(queries.len() >= v.head_dim().div_ceil(16));
     let from: *const f32 = queries.as_ptr().cast();
     let to: *mut f32 = sums.as_mut_ptr().cast();
-    for (at, [first, second]) in s.lists[block].sixteens(v.outliers.places.len()) {
-        for i in 0..LANES {
+    for (at, [first, second]) in s.lists[block].each(v.outliers.places.len()) {
+        for i in 0..SOME {
             let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
             // SAFETY: channels are below head_dim, which is even, and tokens below 64 (`Scratch::sixteens`): `queries`, as
             // checked above, and `sums` have a place for each.
@@ -341,8 +338,8 @@ pub(super) fn mix<const R: usize>(
         weights(b, &mut s.weights);
         let from: *const f32 = s.weights.as_ptr().cast();
         let to: *mut f32 = sums.as_mut_ptr().cast();
-        for (at, [first, _]) in s.lists[b].sixteens(v.outliers.places.len()) {
-            for i in 0..LANES {
+        for (at, [first, _]) in s.lists[b].each(v.outliers.places.len()) {
+            for i in 0..SOME {
                 let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
                 // SAFETY: channels are below head_dim and tokens below 64 (`Scratch::sixteens`): both slices have a place for
                 // each.
