@@ -5,7 +5,9 @@ mod plan;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use kvquant_kernels::attend::{BLOCKS, BlockView, Kernels, PreparedRows, Rows as QueryRows, RowsRoom, SideView, State, ViewError};
+use kvquant_kernels::attend::{
+    BLOCKS, BlockView, Kernels, PreparedRows, Rows as QueryRows, RowsRoom, SideView, State, ViewError,
+};
 use kvquant_kernels::rope::{BlockTable, Rope, Rotation};
 use kvquant_kernels::threads;
 use kvquant_quant::pack::BLOCK_TOKENS;

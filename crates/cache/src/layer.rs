@@ -272,11 +272,9 @@ impl Layer {
 
     /// Whole blocks, side by side on all threads.
     fn store_whole(&mut self, k: &[f32], v: &[f32], start: usize) -> Result<(), (usize, TokenError)> {
-        let blocks = by_block((k, v), self.channels, start, |k, v| {
-            match &self.codec {
-                Some(codec) => codec.block(k, v, self.channels).map(Block::Coded),
-                None => Block::exact(k, v, self.channels),
-            }
+        let blocks = by_block((k, v), self.channels, start, |k, v| match &self.codec {
+            Some(codec) => codec.block(k, v, self.channels).map(Block::Coded),
+            None => Block::exact(k, v, self.channels),
         })?;
         self.len += blocks.len() * BLOCK_TOKENS;
         self.blocks.reserve_exact(blocks.len().next_multiple_of(GROW_BLOCKS));
@@ -336,8 +334,7 @@ impl Layer {
         if let Some(online) = self.online.as_mut().filter(|_| from < to) {
             let blocks = &self.blocks[from..to];
             online.begin(|| {
-                let rows =
-                    blocks.iter().filter_map(|b| if let Block::Rows(r) = b { Some(r.floats()) } else { None });
+                let rows = blocks.iter().filter_map(|b| if let Block::Rows(r) = b { Some(r.floats()) } else { None });
                 let (k, v): (Vec<_>, Vec<_>) = rows.unzip();
                 (k.concat(), v.concat())
             });

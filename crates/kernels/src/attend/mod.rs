@@ -182,10 +182,10 @@ impl Kernels {
             Backend::Avx512 => unsafe { avx2::attend::<true>(prepared, blocks, next, table, state) },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: a Kernels value with this backend exists only where NEON was detected.
-            Backend::Neon => unsafe { neon::attend::<false>(rows, blocks, next, table, state) },
+            Backend::Neon => unsafe { neon::attend::<false>(prepared, blocks, next, table, state) },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: a Kernels value with this backend exists only where all that it names was detected.
-            Backend::NeonDot => unsafe { neon::attend::<true>(rows, blocks, next, table, state) },
+            Backend::NeonDot => unsafe { neon::attend::<true>(prepared, blocks, next, table, state) },
         }
     }
 }

@@ -52,6 +52,7 @@ pub struct RowsRoom {
 
 /// Rows, and what of them is the same for all blocks whose keys the same tables decode: it is made when the first is attended to.
 #[derive(Debug)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only AVX-512 prepares rows"))]
 pub struct PreparedRows<'a> {
     pub(super) rows: Rows<'a>,
     /// The tables that `room` is for.

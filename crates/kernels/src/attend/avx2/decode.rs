@@ -133,14 +133,13 @@ pub(in super::super) unsafe fn scores<'a, const WIDE: bool>(
         }
         let turn = block.origin.map(|_| table);
         match &block.key {
-            SideView::Coded(v) if WIDE && integer(block) => {
-                if !lut.is_some_and(|lut| std::ptr::eq(lut, v.lut)) {
-                    score::steps_by_channel(v, &mut s.steps);
-                    // SAFETY: passed on.
-                    unsafe { room.wide.set(rows.q, score::steps_of(v, &s.steps)) };
-                    *lut = Some(v.lut);
-                }
+            SideView::Coded(v) if WIDE && integer(block) && !lut.is_some_and(|lut| std::ptr::eq(lut, v.lut)) => {
+                score::steps_by_channel(v, &mut s.steps);
+                // SAFETY: passed on.
+                unsafe { room.wide.set(rows.q, score::steps_of(v, &s.steps)) };
+                *lut = Some(v.lut);
             }
+            SideView::Coded(_) if WIDE && integer(block) => {}
             SideView::Coded(v) if !before.is_some_and(|before: &CodedView<'_>| before.decodes_as(v)) => {
                 score::steps_by_channel(v, &mut s.steps);
                 before = Some(v);

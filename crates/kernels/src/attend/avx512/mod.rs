@@ -19,8 +19,8 @@ pub(super) use query::Queries;
 pub(super) use score::coded as score;
 pub(super) use softmax::softmax;
 
-use std::arch::asm;
 use super::view::TOKENS;
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// What a thread reuses from block to block.

@@ -264,15 +264,11 @@ pub(in crate::attend) fn place_keys(
         let (cos, sin) = match turn {
             Some((table, origin)) => {
                 // SAFETY: channels are below head_dim (`Scratch::sixteens`), and all lists were checked to be as long.
-                let [cycles, cos, sin] = unsafe {
-                    [by_pair(&table.cycles, pair), by_pair(&origin.cos, pair), by_pair(&origin.sin, pair)]
-                };
+                let [cycles, cos, sin] =
+                    unsafe { [by_pair(&table.cycles, pair), by_pair(&origin.cos, pair), by_pair(&origin.sin, pair)] };
                 let (c, s) = cos_sin(_mm512_mul_ps(_mm512_cvtepi32_ps(token), cycles));
                 let [cos, sin] = [_mm512_mul_ps(cos, residual), _mm512_mul_ps(sin, residual)];
-                (
-                    _mm512_fmsub_ps(c, cos, _mm512_mul_ps(s, sin)),
-                    _mm512_fmadd_ps(c, sin, _mm512_mul_ps(s, cos)),
-                )
+                (_mm512_fmsub_ps(c, cos, _mm512_mul_ps(s, sin)), _mm512_fmadd_ps(c, sin, _mm512_mul_ps(s, cos)))
             }
             None => (residual, _mm512_setzero_ps()),
         };

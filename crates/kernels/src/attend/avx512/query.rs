@@ -163,10 +163,8 @@ fn side_by_side(to: &mut [Pair; 16], [a, b, c, d]: [__m512i; ROWS]) {
     let halves = |x, y| [_mm512_shuffle_i64x2::<0b01_00_01_00>(x, y), _mm512_shuffle_i64x2::<0b11_10_11_10>(x, y)];
     let (ab, cd) = (halves(nth[0], nth[1]), halves(nth[2], nth[3]));
     for (h, to) in to.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-        let four = [
-            _mm512_shuffle_i64x2::<0b10_00_10_00>(ab[h], cd[h]),
-            _mm512_shuffle_i64x2::<0b11_01_11_01>(ab[h], cd[h]),
-        ];
+        let four =
+            [_mm512_shuffle_i64x2::<0b10_00_10_00>(ab[h], cd[h]), _mm512_shuffle_i64x2::<0b11_01_11_01>(ab[h], cd[h])];
         for (to, x) in to.as_chunks_mut::<4>().0.iter_mut().zip(four) {
             // SAFETY: 64 writable bytes; unaligned stores are allowed.
             unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), x) };
@@ -177,13 +175,7 @@ fn side_by_side(to: &mut [Pair; 16], [a, b, c, d]: [__m512i; ROWS]) {
 /// Integer queries of up to four rows, `vectors` each, at the block's origin, side by side.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(super) fn turn(
-    count: usize,
-    rows: &[Pairs],
-    vectors: usize,
-    origin: Option<&Rotation>,
-    to: &mut [[Pair; 16]],
-) {
+pub(super) fn turn(count: usize, rows: &[Pairs], vectors: usize, origin: Option<&Rotation>, to: &mut [[Pair; 16]]) {
     // Rounds as products of 16 bits do, whose 1 is 2^15: a cosine of 1 is as near to it as 16 bits allow.
     let fixed = |x| _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(32767.0)));
     let high = 0xaaaa_aaaa;

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use super::super::ahead::Ahead;
 use super::super::rows::Row;
 use super::super::view::{CodedView, TOKENS};
-use super::super::{BLOCKS, BlockView, Rows, SideView, State};
+use super::super::{BLOCKS, BlockView, PreparedRows, SideView, State};
 use super::{float, mix, outliers, score, softmax};
 use crate::rope::BlockTable;
 

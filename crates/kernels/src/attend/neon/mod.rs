@@ -23,7 +23,7 @@ mod unpack;
 use std::arch::aarch64::*;
 
 use super::view::TOKENS;
-use super::{BlockView, DECODE_ROWS, PreparedRows, Rows, SideView, State};
+use super::{BlockView, DECODE_ROWS, PreparedRows, SideView, State};
 use crate::neon::four_halves;
 use crate::rope::BlockTable;
 
