@@ -35,23 +35,14 @@ fn ask<const LEVEL: u32>(at: *const u8) {
     }
 }
 
-/// Asks for the lines of a slice of a few, which begins anywhere in one.
+/// Asks for all lines of a slice, which begins and ends anywhere in one.
 #[inline(always)]
-fn few<const LEVEL: u32>(of: *const u8, bytes: usize) {
+fn all<const LEVEL: u32>(of: *const u8, bytes: usize) {
     if bytes > 0 {
         for at in (0..bytes).step_by(LINE) {
             ask::<LEVEL>(of.wrapping_add(at));
         }
         ask::<LEVEL>(of.wrapping_add(bytes - 1));
-    }
-}
-
-/// Asks for all lines of a slice, which begins anywhere in one.
-#[inline(always)]
-fn all<const LEVEL: u32>(of: *const u8, bytes: usize) {
-    let skew = of.addr() % LINE;
-    for at in (0..if bytes == 0 { 0 } else { bytes + skew }).step_by(LINE) {
-        ask::<LEVEL>(of.wrapping_add(at));
     }
 }
 
@@ -73,8 +64,8 @@ impl<'a> Ahead<'a> {
         if let Some(SideView::Coded(v)) = next {
             let (scale, zero) = v.scales.map_or((&[][..], &[][..]), |s| (s.scale, s.zero));
             let [scale, zero] = [scale, zero].map(bytemuck::cast_slice);
-            for list in [v.outliers.places, v.outliers.residuals.as_flattened(), scale, zero] {
-                few::<1>(list.as_ptr(), list.len());
+            for few in [v.outliers.places, v.outliers.residuals.as_flattened(), scale, zero] {
+                all::<1>(few.as_ptr(), few.len());
             }
         }
         let codes = next.map(lines_of).filter(|codes| !codes.is_empty()).unwrap_or_else(|| lines_of(now));

@@ -28,11 +28,11 @@ mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
+use std::cell::RefCell;
+
 pub use rows::{PreparedRows, Rows, RowsRoom};
 pub use state::State;
 pub use view::{BlockView, CodedView, HeadLut, Outliers, SideView, TokenScales, ViewError};
-
-use std::cell::RefCell;
 
 use crate::dispatch::{self, DispatchError, Isa};
 use crate::rope::BlockTable;

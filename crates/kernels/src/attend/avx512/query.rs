@@ -75,11 +75,11 @@ fn some(from: &[f32], first: usize) -> __m512 {
     unsafe { _mm512_maskz_loadu_ps(lanes(0, from.len()), from.as_ptr()) }
 }
 
-/// A call's queries at their own position: what of them no block changes.
+/// A task's queries at their own position: what of them no block changes.
 #[derive(Debug, Default)]
 pub(in crate::attend) struct Queries {
     /// What makes each row integers.
-    pub factors: Vec<f32>,
+    pub(super) factors: Vec<f32>,
     /// Rows times steps and factors: pairs of 16-bit channels `[rows, head_dim / 32]`, rounded up.
     pub(super) ints: Vec<Pairs>,
     /// Rows as they are, side by side: `[rows / 4, head_dim / 16]`, rounded up.
