@@ -3,7 +3,8 @@
 #![no_main]
 
 use kvquant_kernels::attend::{
-    BlockView, CodedView, HeadLut, Kernels, Outliers, Rows, SideView, State, TokenScales, ViewError,
+    BlockView, CodedView, HeadLut, Kernels, Outliers, PreparedRows, Rows, RowsRoom, SideView, State, TokenScales,
+    ViewError,
 };
 use kvquant_kernels::rope::Rope;
 use kvquant_quant::Table;
@@ -27,7 +28,11 @@ struct Side {
 }
 
 /// `n` entries, now and then one more or less.
-fn some<T>(u: &mut Unstructured<'_>, n: usize, mut each: impl FnMut(&mut Unstructured<'_>) -> Result<T>) -> Result<Vec<T>> {
+fn some<T>(
+    u: &mut Unstructured<'_>,
+    n: usize,
+    mut each: impl FnMut(&mut Unstructured<'_>) -> Result<T>,
+) -> Result<Vec<T>> {
     let n = match u.arbitrary::<u8>()? {
         0 => n + 1,
         1 => n.saturating_sub(1),
@@ -40,7 +45,8 @@ fn some<T>(u: &mut Unstructured<'_>, n: usize, mut each: impl FnMut(&mut Unstruc
 fn bytes(u: &mut Unstructured<'_>, n: usize) -> Result<Vec<u8>> {
     let given = u.arbitrary_len::<u8>()?.clamp(1, 64).min(u.len());
     let given = if given == 0 { vec![0] } else { u.bytes(given)?.to_vec() };
-    some(u, n, |_| Ok(0)).map(|all| (0..all.len()).map(|i| given[i % given.len()].wrapping_add((i / given.len()) as u8)).collect())
+    some(u, n, |_| Ok(0))
+        .map(|all| (0..all.len()).map(|i| given[i % given.len()].wrapping_add((i / given.len()) as u8)).collect())
 }
 
 impl Side {
@@ -53,14 +59,16 @@ impl Side {
             _ => None,
         };
         let one: u8 = u.int_in_range(0..=MAX_BITS as u8 + 1)?;
-        let widths = some(u, units, |u| if group.is_some() { Ok(one) } else { u.int_in_range(0..=MAX_BITS as u8 + 1) })?;
+        let widths =
+            some(u, units, |u| if group.is_some() { Ok(one) } else { u.int_in_range(0..=MAX_BITS as u8 + 1) })?;
         let places = if group.is_some() { 1 } else { head_dim };
         let mut place = 0;
         let tables = some(u, places, |u| {
             let bits = widths.get(place / UNIT_CHANNELS).map_or(0, |&b| b as u32).min(MAX_BITS);
             place += 1;
             let seed: i16 = u.arbitrary()?;
-            let entries: Vec<i16> = (0..Table::entries(bits) as i16).map(|i| seed.wrapping_mul(i.wrapping_add(3))).collect();
+            let entries: Vec<i16> =
+                (0..Table::entries(bits) as i16).map(|i| seed.wrapping_mul(i.wrapping_add(3))).collect();
             Ok(Table::from_entries(&entries))
         })?;
         let steps = some(u, places, |u| u.arbitrary())?;
@@ -122,7 +130,8 @@ fn attend(u: &mut Unstructured<'_>) -> Result<()> {
     let table = rope.block_table();
     for kernels in Kernels::available() {
         let mut state = State::empty(n, head_dim);
-        kernels.attend_all(&rows, &[block, block], &[block], &table, &mut state);
+        let mut room = RowsRoom::default();
+        kernels.attend_all(&mut PreparedRows::new(rows, &mut room), &[block, block], &[block], &table, &mut state);
     }
     Ok(())
 }
