@@ -33,11 +33,9 @@ pub struct BlockTable {
     pub sin: Vec<f32>,
     /// [cos, sin] of each place, pair by pair: `[head_dim / 2 * BLOCK_TOKENS]`, for single entries.
     pub(crate) turns: Vec<[f32; 2]>,
-    /// cos in units of 2^-15, the tokens of each pair in [`shuffled`] order.
-    pub(crate) cos16: Vec<[i16; BLOCK_TOKENS]>,
-    /// sin likewise.
-    pub(crate) sin16: Vec<[i16; BLOCK_TOKENS]>,
-    /// [cos, sin] of each pair in units of 2^-15, tokens in [`TURNS_ORDER`].
+    /// [cos, sin] of each pair in units of 2^-15, tokens in [`shuffled`] order.
+    pub(crate) shuffled16: Vec<Turns16>,
+    /// The same, tokens in [`TURNS_ORDER`].
     pub(crate) wide16: Vec<Turns16>,
     /// Cycles of each pair in a token.
     pub(crate) cycles: Vec<f32>,
@@ -48,10 +46,10 @@ pub struct BlockTable {
 #[repr(C, align(64))]
 pub(crate) struct Turns16(pub [[i16; BLOCK_TOKENS]; 2]);
 
-/// The token at a place of the order in which byte shuffles deliver 16-bit values: within each 16 bytes, the lower
-/// eight go to the first half of the block's 64 places and the upper eight to the second.
+/// The token at a place of the order in which byte shuffles deliver 16-bit values: of 32 bytes those that are the lower
+/// eight of 16, then the upper ones.
 pub(crate) const fn shuffled(place: usize) -> usize {
-    place % 32 / 8 * 16 + place / 32 * 8 + place % 8
+    place / 32 * 32 + place % 16 / 8 * 16 + place % 32 / 16 * 8 + place % 8
 }
 
 /// The token at a place of the order in which shifts of words deliver 16-bit values: of each half of the tokens the
@@ -98,12 +96,13 @@ impl Rope {
         let sixteen = |f: &f64, part: fn(f64) -> f64, token: fn(usize) -> usize| {
             std::array::from_fn(|i| (part(token(i) as f64 * f) * 32768.0).round() as i16)
         };
-        let all = |part| self.inv_freq.iter().map(|f| sixteen(f, part, shuffled)).collect();
-        let both = |f| Turns16([f64::cos, f64::sin].map(|part| sixteen(f, part, TURNS_ORDER)));
-        let wide16 = self.inv_freq.iter().map(both).collect();
+        let both = |order| {
+            let pair = move |f| Turns16([f64::cos, f64::sin].map(|part| sixteen(f, part, order)));
+            self.inv_freq.iter().map(pair).collect()
+        };
         let turns = cos.iter().zip(&sin).map(|(c, s)| [*c, *s]).collect();
         let cycles = self.inv_freq.iter().map(|f| (f / std::f64::consts::TAU) as f32).collect();
-        BlockTable { cycles, turns, cos16: all(f64::cos), sin16: all(f64::sin), wide16, cos, sin }
+        BlockTable { cycles, turns, shuffled16: both(shuffled), wide16: both(TURNS_ORDER), cos, sin }
     }
 }
 

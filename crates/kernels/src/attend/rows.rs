@@ -47,12 +47,12 @@ impl Rows<'_> {
 #[derive(Debug, Default)]
 pub struct RowsRoom {
     #[cfg(target_arch = "x86_64")]
-    pub(super) wide: super::avx512::Queries,
+    pub(super) queries: super::avx2::query::Queries,
 }
 
 /// Rows, and what of them is the same for all blocks whose keys the same tables decode: it is made when the first is attended to.
 #[derive(Debug)]
-#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only AVX-512 prepares rows"))]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "NEON does not prepare rows"))]
 pub struct PreparedRows<'a> {
     pub(super) rows: Rows<'a>,
     /// The tables that `room` is for.

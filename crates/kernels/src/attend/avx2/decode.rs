@@ -7,13 +7,14 @@ pub(in super::super) use super::super::rows::{ByBlock, ROWS, Row};
 use super::super::view::{CodedView, TOKENS};
 use super::super::{BLOCKS, BlockView, PreparedRows, SideView, State, avx512};
 use super::ahead::Ahead;
+use super::query::Pair;
 use super::{float, mix, outliers, score, softmax};
 use crate::rope::{BlockTable, Rotation};
 
-/// Two vectors of a tile.
+/// A pair of channels of a quarter of a block's keys (see [`score`]).
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(in super::super) struct Line(pub [[i32; 8]; 2]);
+pub(super) struct Line(pub [[i32; 8]; 2]);
 
 /// Signposts of a channel in the order of [`crate::rope::shuffled`].
 #[derive(Clone, Copy)]
@@ -23,20 +24,19 @@ pub(in super::super) struct Signs(pub [i16; TOKENS]);
 /// What a thread reuses from block to block.
 #[derive(Default)]
 pub(in super::super) struct Scratch {
-    /// Queries at the block's origin `[rows, head_dim]`.
+    /// Queries at the block's origin `[rows, head_dim]`, of sides that have no integer form.
     pub local: Vec<f32>,
-    /// Integer queries `[rows, head_dim / 2]`, a pair of 16-bit channels each.
-    pub pairs: Vec<i32>,
-    /// Keys as signposts `[head_dim]`.
+    /// Integer queries at the block's origin, as many rows as are multiplied at a time side by side.
+    pub ints: Vec<[Pair; 16]>,
+    /// Keys as signposts `[head_dim]`, where a unit does not hold both channels of a pair.
     pub signposts: Vec<Signs>,
     /// Steps of keys by channel, where the blocks' places have another order.
     pub steps: Vec<f32>,
-    /// Turned keys (see [`score`]).
-    pub keys: Vec<Line>,
+    /// Turned keys.
+    pub(super) keys: Vec<Line>,
     /// Scores, then probabilities.
     pub weights: Vec<Row>,
-    /// Sums of weights times signposts `[4, head_dim]`.
-    pub sums: Vec<i32>,
+    pub(super) mix: mix::Room,
     pub(super) outliers: outliers::Scratch,
     /// AVX-512's own.
     pub wide: avx512::Scratch,
@@ -109,59 +109,53 @@ pub(in super::super) unsafe fn scores<'a, const WIDE: bool>(
     let PreparedRows { rows, lut, room } = prepared;
     let (d, n) = (rows.head_dim, rows.len());
     s.local.resize(n * d, 0.0);
-    let mut before = None;
-    let integer = |block: &BlockView<'_>| matches!(block.key, SideView::Coded(v) if v.scales.is_none());
     for (b, block) in blocks.iter().enumerate() {
-        if WIDE
-            && let SideView::Coded(v) = &block.key
-            && integer(block)
-        {
+        match integer(block) {
             // SAFETY: passed on.
-            unsafe { avx512::place_keys(&mut s.wide.outliers, b, v, block.origin.map(|origin| (table, origin))) };
+            Some(v) if WIDE => unsafe {
+                avx512::place_keys(&mut s.wide.outliers, b, v, block.origin.map(|origin| (table, origin)))
+            },
+            Some(v) => outliers::place_keys(&mut s.outliers, b, v),
+            None => {}
         }
     }
     for (b, (block, scores)) in blocks.iter().zip(weights.chunks_exact_mut(n)).enumerate() {
-        match block.origin {
-            // These turn queries themselves.
-            _ if WIDE && integer(block) => {}
-            Some(origin) => {
-                for (q, to) in rows.q.chunks_exact(d).zip(s.local.chunks_exact_mut(d)) {
-                    undo(origin, q, to);
+        let mut ahead = Ahead::of(next.get(b).map(|next| &next.key), &block.key);
+        if let Some(v) = integer(block) {
+            let queries = &mut room.queries;
+            if !lut.is_some_and(|lut| std::ptr::eq(lut, v.lut)) {
+                queries.set(rows.q, score::steps_of(v, &mut s.steps));
+                if WIDE {
+                    // SAFETY: passed on.
+                    unsafe { avx512::set_sides(queries, rows.q, d) };
+                } else {
+                    queries.set_sides(rows.q, d);
                 }
-            }
-            None => s.local.copy_from_slice(rows.q),
-        }
-        let turn = block.origin.map(|_| table);
-        match &block.key {
-            SideView::Coded(v) if WIDE && integer(block) && !lut.is_some_and(|lut| std::ptr::eq(lut, v.lut)) => {
-                score::steps_by_channel(v, &mut s.steps);
-                // SAFETY: passed on.
-                unsafe { room.wide.set(rows.q, score::steps_of(v, &s.steps)) };
                 *lut = Some(v.lut);
             }
-            SideView::Coded(_) if WIDE && integer(block) => {}
-            SideView::Coded(v) if !before.is_some_and(|before: &CodedView<'_>| before.decodes_as(v)) => {
-                score::steps_by_channel(v, &mut s.steps);
-                before = Some(v);
+            if WIDE {
+                // SAFETY: passed on.
+                unsafe { avx512::score(s, queries, b, v, block.origin, table, &mut ahead, scores) };
+            } else {
+                score::coded(s, queries, b, v, block.origin, table, &mut ahead, scores);
             }
-            _ => {}
-        }
-        let mut ahead = Ahead::of(next.get(b).map(|next| &next.key), &block.key);
-        match &block.key {
-            // SAFETY: passed on.
-            SideView::Coded(v) if v.scales.is_none() && WIDE => unsafe {
-                avx512::score(s, &room.wide, b, v, block.origin, table, &mut ahead, scores)
-            },
-            SideView::Coded(v) if v.scales.is_none() => score::coded(s, d, v, turn, &mut ahead, scores),
-            side => {
-                let behind = tile_of(blocks.get(b + 1).map_or(&blocks[0].value, |behind| &behind.key));
-                match side {
-                    SideView::Tile { data } if WIDE => {
-                        // SAFETY: passed on.
-                        unsafe { avx512::tile::score(&s.local, d, data, turn, behind, scores) };
+        } else {
+            match block.origin {
+                Some(origin) => {
+                    for (q, to) in rows.q.chunks_exact(d).zip(s.local.chunks_exact_mut(d)) {
+                        undo(origin, q, to);
                     }
-                    _ => float::score(s, d, side, block.len, turn, behind, scores),
                 }
+                None => s.local.copy_from_slice(rows.q),
+            }
+            let turn = block.origin.map(|_| table);
+            let behind = tile_of(blocks.get(b + 1).map_or(&blocks[0].value, |behind| &behind.key));
+            match &block.key {
+                SideView::Tile { data } if WIDE => {
+                    // SAFETY: passed on.
+                    unsafe { avx512::tile::score(&s.local, d, data, turn, behind, scores) };
+                }
+                side => float::score(s, d, side, block.len, turn, behind, scores),
             }
         }
         ahead.rest();
@@ -172,6 +166,14 @@ pub(in super::super) unsafe fn scores<'a, const WIDE: bool>(
                 row[visible..].fill(f32::NEG_INFINITY);
             }
         }
+    }
+}
+
+/// A block's keys, where they have an integer form.
+fn integer<'a, 'b>(block: &'b BlockView<'a>) -> Option<&'b CodedView<'a>> {
+    match &block.key {
+        SideView::Coded(v) if v.scales.is_none() => Some(v),
+        _ => None,
     }
 }
 

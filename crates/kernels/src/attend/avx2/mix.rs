@@ -24,12 +24,24 @@ pub(in super::super) const WEIGHT_SUM: f32 = (i32::MAX / TOP as i32) as f32 - 64
 /// A row's integer weights in a block.
 type Integers = [[__m256i; 2]; 2];
 
-/// No weight.
-// SAFETY: all bits 0 is a vector of zeros.
-const NO_WEIGHTS: Integers = unsafe { std::mem::zeroed() };
-
-/// A row's weights over the blocks of a call: eight vectors a block.
+/// A row's weights in a block.
 type Weights = [__m256; TOKENS / LANES];
+
+// SAFETY: all bits 0 is a vector of zeros.
+const NO_INTEGERS: Integers = unsafe { std::mem::zeroed() };
+// SAFETY: likewise.
+const NO_WEIGHTS: Weights = unsafe { std::mem::zeroed() };
+
+/// What a thread reuses from call to call.
+#[derive(Default)]
+pub(super) struct Room {
+    /// Weights times scales `[blocks, R]`.
+    scaled: Vec<Weights>,
+    /// The same as integers.
+    ints: Vec<Integers>,
+    /// Sums of weights times signposts `[R, head_dim]`, by place.
+    sums: Vec<i32>,
+}
 
 /// What makes a row's weights in some blocks integers, and the size of one; zeros where they are too small to scale.
 #[inline]
@@ -78,12 +90,12 @@ pub(super) fn coded(
     out: &mut [f32],
 ) {
     let n = weights.len() / blocks.len();
-    s.sums.resize(ROWS * d, 0);
+    s.mix.sums.resize(ROWS * d, 0);
     let mut first = 0;
     while first < n {
         let (count, out) = (ROWS.min(n - first), &mut out[first * d..]);
         let weights = ByBlock { rows: &weights[first..], step: n };
-        by_rows!(count, rows::<_>(blocks, weights, d, ahead, &mut s.sums, out));
+        by_rows!(count, rows::<_>(&mut s.mix, blocks, weights, d, ahead, out));
         by_rows!(count, outliers_of::<_>(&mut s.outliers, blocks, weights, d, out));
         first += ROWS;
     }
@@ -91,43 +103,47 @@ pub(super) fn coded(
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn rows<const R: usize>(
+    room: &mut Room,
     blocks: &[&CodedView<'_>],
     weights: ByBlock<'_>,
     d: usize,
     ahead: &mut [Ahead<'_>; BLOCKS],
-    sums: &mut [i32],
     out: &mut [f32],
 ) {
     let v = &blocks[0];
     let group_channels = v.group_channels();
-    let mut first = 0;
-    while first < d {
-        let mut scaled = [[[_mm256_setzero_ps(); TOKENS / LANES]; R]; BLOCKS];
-        for (b, block) in blocks.iter().enumerate() {
+    room.scaled.resize(R * blocks.len(), NO_WEIGHTS);
+    room.ints.resize(R * blocks.len(), NO_INTEGERS);
+    let (scaled, sums) = (room.scaled.as_chunks_mut::<R>().0, &mut room.sums[..]);
+    for first in (0..d).step_by(group_channels) {
+        for (b, (block, scaled)) in blocks.iter().zip(scaled.iter_mut()).enumerate() {
             let scales = GroupScales::of(block, first / group_channels);
             for r in 0..R {
                 let group = &mut out[r * d + first..][..group_channels];
-                scaled[b][r] = scales.weights(weights.row(b, r), group);
+                scales.weights(weights.row(b, r), &mut scaled[r], group);
             }
         }
-        let (mut units, mut ints) = ([0.0; R], [[NO_WEIGHTS; R]; BLOCKS]);
+        let mut units = [0.0; R];
+        let ints = room.ints.as_chunks_mut::<R>().0;
         for r in 0..R {
-            let (factor, unit) = scale_of::<R>(&scaled[..blocks.len()], r);
+            let (factor, unit) = scale_of::<R>(scaled, r);
             units[r] = unit;
-            for b in 0..blocks.len() {
-                ints[b][r] = integers(&scaled[b][r], factor);
+            for (ints, scaled) in ints.iter_mut().zip(scaled.iter()) {
+                ints[r] = integers(&scaled[r], factor);
             }
         }
         let group = first / UNIT_CHANNELS..(first + group_channels) / UNIT_CHANNELS;
         for run in v.runs() {
             let range = run.units.start.max(group.start)..run.units.end.min(group.end);
-            by_width!(run, by_units::<_, R>(blocks, &run, range, &ints, d, ahead, sums));
+            if range.is_empty() {
+                continue;
+            }
+            by_width!(run, by_units::<_, R>(blocks, &run, range, ints, d, ahead, sums));
         }
         for r in 0..R {
             let places = r * d + first..r * d + first + group_channels;
             add_sums(v, first, &sums[places], units[r], &mut out[r * d..(r + 1) * d]);
         }
-        first += group_channels;
     }
 }
 
@@ -141,10 +157,12 @@ impl GroupScales {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub fn of(v: &CodedView<'_>, group: usize) -> Self {
-        let of_group = |from: &[u16]| -> Weights {
-            let from: &[[u16; LANES]; TOKENS / LANES] =
-                from[group * TOKENS..].as_chunks().0.first_chunk().expect("64 tokens a group");
-            std::array::from_fn(|i| halves(&from[i]))
+        let of_group = |from: &[u16]| {
+            let mut all = NO_WEIGHTS;
+            for (to, from) in all.iter_mut().zip(from[group * TOKENS..].as_chunks().0) {
+                *to = halves(from);
+            }
+            all
         };
         GroupScales {
             scale: v.scales.map(|s| of_group(s.scale)),
@@ -155,9 +173,12 @@ impl GroupScales {
     /// A row's weights times the scales. The zero points' share of the output is added to `out`, the group's channels.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub fn weights(&self, row: &Row, out: &mut [f32]) -> Weights {
+    pub fn weights(&self, row: &Row, to: &mut Weights, out: &mut [f32]) {
         let row = row.as_chunks::<LANES>().0;
-        let mut w: Weights = std::array::from_fn(|i| load(&row[i]));
+        let mut w = NO_WEIGHTS;
+        for (w, row) in w.iter_mut().zip(row) {
+            *w = load(row);
+        }
         if let Some(zero) = &self.zero {
             let mut shift = _mm256_setzero_ps();
             for (w, zero) in w.iter().zip(zero) {
@@ -171,7 +192,7 @@ impl GroupScales {
                 *w = _mm256_mul_ps(*w, *scale);
             }
         }
-        w
+        *to = w;
     }
 }
 
@@ -183,34 +204,38 @@ fn by_units<const B: u32, const R: usize>(
     blocks: &[&CodedView<'_>],
     run: &Run<'_>,
     range: Range<usize>,
-    ints: &[[Integers; R]; BLOCKS],
+    ints: &[[Integers; R]],
     d: usize,
     ahead: &mut [Ahead<'_>; BLOCKS],
     sums: &mut [i32],
 ) {
-    let (n, bits) = (blocks.len(), B as usize);
+    let (n, bits) = (range.len(), B as usize);
+    let first = (range.start - run.units.start) * bits;
     let mut vectors = [&[][..]; BLOCKS];
     for (vectors, block) in vectors.iter_mut().zip(blocks) {
-        *vectors = block.vectors_of(run);
+        *vectors = &block.vectors_of(run)[first..][..n * bits];
     }
-    for u in range.clone() {
-        let (place, unit) = (u * UNIT_CHANNELS, (u - run.units.start) * bits);
+    let mut units = [&[][..]; BLOCKS];
+    for i in 0..n {
+        let place = (range.start + i) * UNIT_CHANNELS;
         let tables = blocks[0].four_tables(place);
-        let units = vectors.map(|v| v.get(unit..unit + bits).unwrap_or_default());
-        let mut four = [[_mm256_setzero_si256(); R]; UNIT_CHANNELS];
-        for ahead in &ahead[..n] {
-            ahead.unit::<B>(u - range.start);
+        for ((unit, vectors), ahead) in units.iter_mut().zip(&vectors[..blocks.len()]).zip(&*ahead) {
+            ahead.unit::<B>(i);
+            // SAFETY: `n` units of as many vectors lie in the slice.
+            *unit = unsafe { vectors.get_unchecked(i * bits..(i + 1) * bits) };
         }
-        channel::<B, R, 0>(tables[0], &units[..n], ints, &mut four[0]);
-        channel::<B, R, 1>(tables[1], &units[..n], ints, &mut four[1]);
-        channel::<B, R, 2>(tables[2], &units[..n], ints, &mut four[2]);
-        channel::<B, R, 3>(tables[3], &units[..n], ints, &mut four[3]);
+        let units = &units[..blocks.len()];
+        let mut four = [[_mm256_setzero_si256(); R]; UNIT_CHANNELS];
+        channel::<B, R, 0>(tables[0], units, ints, &mut four[0]);
+        channel::<B, R, 1>(tables[1], units, ints, &mut four[1]);
+        channel::<B, R, 2>(tables[2], units, ints, &mut four[2]);
+        channel::<B, R, 3>(tables[3], units, ints, &mut four[3]);
         for r in 0..R {
             let halves = [_mm256_hadd_epi32(four[0][r], four[1][r]), _mm256_hadd_epi32(four[2][r], four[3][r])];
             store_sums(_mm256_hadd_epi32(halves[0], halves[1]), &mut sums[r * d + place..]);
         }
     }
-    ahead[..n].iter_mut().for_each(|ahead| ahead.skip_units::<B>(range.len()));
+    ahead[..blocks.len()].iter_mut().for_each(|ahead| ahead.skip_units::<B>(n));
 }
 
 /// sums[r] += weights times the signposts of channel C of a unit, over its vectors in all blocks.
@@ -219,15 +244,15 @@ fn by_units<const B: u32, const R: usize>(
 fn channel<const B: u32, const R: usize, const C: usize>(
     table: &Table,
     units: &[&[[u8; VECTOR]]],
-    ints: &[[Integers; R]; BLOCKS],
+    ints: &[[Integers; R]],
     sums: &mut [__m256i; R],
 ) {
     for (unit, ints) in units.iter().zip(ints) {
         let [low, high] = unpack::codes::<B>(unit);
         let x = unpack::look_up::<B>(table, low[C], high[C]);
-        for (sum, w) in sums.iter_mut().zip(ints) {
+        for r in 0..R {
             for (i, j) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
-                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(x[i][j], w[i][j]));
+                sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(x[i][j], ints[r][i][j]));
             }
         }
     }

@@ -12,6 +12,7 @@ mod float;
 pub(super) mod mix;
 pub(super) mod outliers;
 mod prefill;
+pub(super) mod query;
 pub(super) mod score;
 pub(super) mod unpack;
 

@@ -3,140 +3,182 @@
 
 use std::arch::x86_64::*;
 
-use kvquant_quant::pack::UNIT_CHANNELS;
+use kvquant_quant::pack::{UNIT_CHANNELS, sum_of};
 
 use super::super::view::{CodedView, TOKENS};
 use super::decode::{ByBlock, ROWS, Row};
-use super::unpack;
-use crate::rope::BlockTable;
+use crate::rope::{BlockTable, Rotation};
 
 /// The same place of four rows.
 type Four = [f32; ROWS];
 
-/// What a thread reuses from block to block.
+/// Outliers of a vector.
+const LANES: usize = 8;
+/// Outliers that are added in a row.
+const SOME: usize = 4;
+
+/// What a thread reuses from block to block: lists that only grow, whose end is left over from before.
 #[derive(Default)]
 pub(super) struct Scratch {
+    units: Vec<u8>,
+    /// By block: all of them are made before the first is used, since each waits for its units.
+    lists: Vec<List>,
     channels: Vec<Four>,
     tokens: Vec<Four>,
-    list: List,
 }
 
-/// Outliers one by one: where they are and what they add.
+/// Outliers one by one.
 #[derive(Default)]
 struct List {
-    channels: Vec<u16>,
-    tokens: Vec<u8>,
+    /// Floats before the rows that are read; 16 bits further those before the ones that are added to.
+    at: Vec<u32>,
+    /// Of keys: the place in [`BlockTable::turns`].
+    turns: Vec<u32>,
     residuals: Vec<f32>,
+    /// Of keys: what the other channel of the pair weighs, times sin.
+    others: Vec<f32>,
+}
+
+fn grow<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
+    if list.len() < len {
+        list.resize(len, T::default());
+    }
+}
+
+/// Puts the unit of each outlier into the first places of `units`.
+#[inline]
+#[target_feature(enable = "sse2")]
+pub(in crate::attend) fn units_of(counts: &[u8], units: &mut Vec<u8>) {
+    const VECTOR: usize = 16;
+    grow(units, sum_of(counts) + 2 * VECTOR);
+    let (mut to, mut unit) = (units.as_mut_ptr(), _mm_setzero_si128());
+    for &count in counts {
+        // SAFETY: `to` is no further than the last outlier's end, behind which there is room for a vector and more. What goes
+        // beyond a unit's end the next one overwrites.
+        unsafe {
+            _mm_storeu_si128(to.cast(), unit);
+            if count as usize > VECTOR {
+                to.write_bytes(_mm_cvtsi128_si32(unit) as u8, count as usize);
+            }
+            to = to.add(count as usize);
+        }
+        unit = _mm_add_epi8(unit, _mm_set1_epi8(1));
+    }
+}
+
+/// What some lanes hold.
+#[derive(Clone, Copy)]
+struct Eight {
+    unit: __m256i,
+    place: __m256i,
+    residual: __m256,
+}
+
+impl Scratch {
+    /// Calls `then(list, number of the first, channels, tokens, residuals)` for all outliers of a side, eight at a time. Every
+    /// channel is below its `head_dim`, every token below 64. The last eight may hold some once more, with residuals of 0, so
+    /// that a loop over all of them ends where a CPU can foresee it.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn eights(
+        &mut self,
+        block: usize,
+        v: &CodedView<'_>,
+        mut then: impl FnMut(&mut List, usize, __m256i, __m256i, __m256),
+    ) {
+        let (places, residuals) = (v.outliers.places, v.outliers.residuals);
+        let n = places.len();
+        units_of(v.outliers.counts, &mut self.units);
+        if self.lists.len() <= block {
+            self.lists.resize_with(block + 1, List::default);
+        }
+        let list = &mut self.lists[block];
+        let whole = n.next_multiple_of(LANES);
+        grow(&mut list.at, whole);
+        grow(&mut list.turns, whole);
+        grow(&mut list.residuals, whole);
+        grow(&mut list.others, whole);
+        for i in (0..n).step_by(LANES) {
+            let first = i.min(n.saturating_sub(LANES));
+            let eight = if n >= LANES {
+                // SAFETY: `first` is at most `n - LANES`, and both lists have `n` (`CodedView::new`).
+                unsafe {
+                    eight_of(self.units.as_ptr().add(first), places.as_ptr().add(first), residuals.as_ptr().add(first))
+                }
+            } else {
+                let (mut few, mut of_few) = ([0; LANES], [[0; 2]; LANES]);
+                few.iter_mut().zip(places).for_each(|(to, from)| *to = *from);
+                of_few.iter_mut().zip(residuals).for_each(|(to, from)| *to = *from);
+                // SAFETY: lists of eight; units end with more than a vector.
+                unsafe { eight_of(self.units.as_ptr(), few.as_ptr(), of_few.as_ptr()) }
+            };
+            let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let before = _mm256_cmpgt_epi32(_mm256_set1_epi32((i - first) as i32), lane);
+            let residual = _mm256_andnot_ps(_mm256_castsi256_ps(before), eight.residual);
+            const UNIT_BITS: i32 = UNIT_CHANNELS.trailing_zeros() as i32;
+            let mut channel =
+                _mm256_add_epi32(_mm256_slli_epi32::<UNIT_BITS>(eight.unit), _mm256_srli_epi32::<6>(eight.place));
+            if !v.lut.order.is_empty() {
+                channel = ordered(v.lut.order, channel);
+            }
+            then(list, i, channel, _mm256_and_si256(eight.place, _mm256_set1_epi32(TOKENS as i32 - 1)), residual);
+        }
+    }
+}
+
+/// # Safety
+/// Eight of each are readable.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn eight_of(units: *const u8, places: *const u8, residuals: *const [u8; 2]) -> Eight {
+    // SAFETY: 8, 8 and 16 readable bytes; unaligned loads are allowed.
+    unsafe {
+        Eight {
+            unit: _mm256_cvtepu8_epi32(_mm_loadl_epi64(units.cast())),
+            place: _mm256_cvtepu8_epi32(_mm_loadl_epi64(places.cast())),
+            residual: _mm256_cvtph_ps(_mm_loadu_si128(residuals.cast())),
+        }
+    }
+}
+
+/// The channels that some places hold.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn ordered(order: &[u16], places: __m256i) -> __m256i {
+    let mut all = [0u32; LANES];
+    // SAFETY: 32 writable bytes, then 32 readable ones; unaligned access is allowed.
+    unsafe { _mm256_storeu_si256(all.as_mut_ptr().cast(), places) };
+    for place in &mut all {
+        *place = order[*place as usize].into();
+    }
+    // SAFETY: 32 readable bytes; unaligned loads are allowed.
+    unsafe { _mm256_loadu_si256(all.as_ptr().cast()) }
 }
 
 impl List {
-    /// Outliers of a side. Every channel is below its `head_dim`, every token below 64.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn fill(&mut self, v: &CodedView<'_>) {
-        let (places, counts) = (v.outliers.places, v.outliers.counts);
-        self.channels.resize(places.len(), 0);
-        self.tokens.resize(places.len(), 0);
-        if places.len() <= u8::MAX as usize && counts.len() <= MOST_UNITS {
-            self.place(places, counts);
-        } else {
-            let units = counts.iter().enumerate().flat_map(|(u, &n)| std::iter::repeat_n(u, n as usize));
-            for ((unit, place), channel) in units.zip(places).zip(&mut self.channels) {
-                *channel = (unit * UNIT_CHANNELS) as u16 + (*place / TOKENS as u8) as u16;
-            }
-        }
-        for (place, token) in places.iter().zip(&mut self.tokens) {
-            *token = *place % TOKENS as u8;
-        }
-        if !v.lut.order.is_empty() {
-            for c in &mut self.channels {
-                *c = v.lut.order[*c as usize];
-            }
-        }
-        floats(v.outliers.residuals, &mut self.residuals);
-    }
-
-    /// Channels, 32 outliers at a time and without a branch on counts: an outlier's unit is the number of units that
-    /// end before it.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn place(&mut self, places: &[u8], counts: &[u8]) {
-        let (mut ends, mut end) = ([0u8; MOST_UNITS], 0u8);
-        for (to, count) in ends.iter_mut().zip(counts) {
-            end = end.wrapping_add(*count);
-            *to = end;
-        }
-        let ends = &ends[..counts.len()];
-        let (full, rest) = places.as_chunks::<STRIDE>();
-        for (i, (from, to)) in full.iter().zip(self.channels.as_chunks_mut::<STRIDE>().0).enumerate() {
-            channels_of(STRIDE * i, from, ends, to);
-        }
-        if !rest.is_empty() {
-            // The last 32 once more, where there are as many: a copy to pad would wait for its own stores.
-            if let (Some(from), n) = (places.last_chunk::<STRIDE>(), places.len())
-                && let Some(to) = self.channels.last_chunk_mut::<STRIDE>()
-            {
-                channels_of(n - STRIDE, from, ends, to);
-                return;
-            }
-            let (mut padded, mut channels) = ([0; STRIDE], [0; STRIDE]);
-            for (to, from) in padded.iter_mut().zip(rest) {
-                *to = *from;
-            }
-            channels_of(0, &padded, ends, &mut channels);
-            for (to, from) in self.channels.iter_mut().zip(channels) {
-                *to = from;
-            }
-        }
-    }
-
-    /// Channel, token, residual.
+    /// Some outliers at a time, as few as keep the program short, `n` in all and those that fill up the last eight.
     #[inline(always)]
-    fn each(&self) -> impl Iterator<Item = (usize, usize, f32)> {
-        let all = self.channels.iter().zip(&self.tokens).zip(&self.residuals);
-        all.map(|((&c, &t), &r)| (c as usize, t as usize, r))
+    fn each(&self, n: usize) -> impl Iterator<Item = (&[u32; SOME], &[f32; SOME])> {
+        let some = self.at.as_chunks().0.iter().zip(self.residuals.as_chunks().0);
+        some.take(n.div_ceil(LANES) * (LANES / SOME))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn set(&mut self, i: usize, from: __m256i, to: __m256i, residual: __m256) {
+        put(&mut self.at, i, _mm256_or_si256(_mm256_slli_epi32::<2>(from), _mm256_slli_epi32::<18>(to)));
+        let list: &mut [f32; LANES] = self.residuals[i..].first_chunk_mut().expect("lists hold whole vectors");
+        super::store(list, residual);
     }
 }
 
-/// Outliers that are placed at a time.
-const STRIDE: usize = 32;
-
-/// Channels of the outliers from `first` on, at most 255.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn channels_of(first: usize, places: &[u8; STRIDE], ends: &[u8], channels: &mut [u16; STRIDE]) {
-    const NUMBERS: [u8; STRIDE] = {
-        let (mut numbers, mut i) = ([0; STRIDE], 0);
-        while i < STRIDE {
-            numbers[i] = i as u8;
-            i += 1;
-        }
-        numbers
-    };
-    // SAFETY: 32 readable bytes each; unaligned loads are allowed.
-    let (number, place) =
-        unsafe { (_mm256_loadu_si256(NUMBERS.as_ptr().cast()), _mm256_loadu_si256(places.as_ptr().cast())) };
-    let number = _mm256_add_epi8(number, _mm256_set1_epi8(first as i8));
-    let mut unit = _mm256_setzero_si256();
-    for &end in ends {
-        let behind = _mm256_cmpeq_epi8(_mm256_max_epu8(number, _mm256_set1_epi8(end as i8)), number);
-        unit = _mm256_sub_epi8(unit, behind);
-    }
-    let half = |unit: __m128i, place: __m128i| {
-        let in_unit = _mm256_srli_epi16::<6>(_mm256_cvtepu8_epi16(place));
-        _mm256_add_epi16(_mm256_slli_epi16::<2>(_mm256_cvtepu8_epi16(unit)), in_unit)
-    };
-    let low = half(_mm256_castsi256_si128(unit), _mm256_castsi256_si128(place));
-    let high = half(_mm256_extracti128_si256::<1>(unit), _mm256_extracti128_si256::<1>(place));
-    // SAFETY: 64 writable bytes; unaligned stores are allowed.
-    unsafe {
-        _mm256_storeu_si256(channels.as_mut_ptr().cast(), low);
-        _mm256_storeu_si256(channels.as_mut_ptr().add(16).cast(), high);
-    }
+fn put(list: &mut [u32], i: usize, x: __m256i) {
+    let list: &mut [u32; LANES] = list[i..].first_chunk_mut().expect("lists hold whole vectors");
+    // SAFETY: 32 writable bytes; unaligned stores are allowed.
+    unsafe { _mm256_storeu_si256(list.as_mut_ptr().cast(), x) };
 }
-
-/// Units of a head of 256 channels.
-const MOST_UNITS: usize = 64;
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -197,62 +239,111 @@ fn add_to_rows<const R: usize>(from: &[Four], rows: [&mut [f32]; R]) {
     }
 }
 
-#[inline]
+/// Makes the list of a block's keys.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn floats(residuals: &[[u8; 2]], to: &mut Vec<f32>) {
-    to.resize(residuals.len(), 0.0);
-    let (eights, rest) = residuals.as_chunks::<8>();
-    let (to, to_rest) = to.as_chunks_mut::<8>();
-    for (from, to) in eights.iter().zip(to) {
-        // SAFETY: 16 readable bytes; unaligned loads are allowed.
-        super::store(to, _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.as_ptr().cast()) }));
-    }
-    for (from, to) in rest.iter().zip(to_rest) {
-        *to = unpack::half(u16::from_le_bytes(*from));
-    }
+pub(super) fn place_keys(s: &mut Scratch, block: usize, v: &CodedView<'_>) {
+    s.eights(block, v, |list, i, channel, token, residual| {
+        list.set(i, channel, token, residual);
+        let pair = _mm256_srli_epi32::<1>(channel);
+        put(&mut list.turns, i, _mm256_add_epi32(_mm256_slli_epi32::<TOKEN_BITS>(pair), token));
+        // The other channel of the pair gets sin from an even one, -sin from an odd one.
+        let minus = _mm256_castsi256_ps(_mm256_slli_epi32::<31>(channel));
+        let others: &mut [f32; LANES] = list.others[i..].first_chunk_mut().expect("lists hold whole vectors");
+        super::store(others, _mm256_xor_ps(residual, minus));
+    });
 }
 
-/// scores[r][t] += residual * (the query's share of the channel at the token). `q` is `[R, d]`.
+const TOKEN_BITS: i32 = TOKENS.trailing_zeros() as i32;
+
+/// scores[r][t] += residual * (the query's share of the channel at the token), from the block's list. `queries` `[head_dim]` lie
+/// side by side.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn score<const R: usize>(
     s: &mut Scratch,
-    q: &[f32],
-    d: usize,
+    block: usize,
+    queries: &[Four],
     v: &CodedView<'_>,
-    turn: Option<&BlockTable>,
-    scores: &mut [Row; R],
+    turn: Option<(&BlockTable, &Rotation)>,
+    scores: &mut [Row],
 ) {
-    if v.outliers.places.is_empty() {
+    let n = v.outliers.places.len();
+    if n == 0 {
         return;
     }
-    s.list.fill(v);
-    side_by_side::<R>(std::array::from_fn(|r| &q[r * d..(r + 1) * d]), &mut s.channels);
-    s.tokens.clear();
-    s.tokens.resize(TOKENS, [0.0; ROWS]);
-    let (channels, sums) = (&s.channels[..], &mut s.tokens[..]);
+    let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
+    let Scratch { lists, channels, tokens, .. } = s;
+    let list = &lists[block];
+    tokens.clear();
+    tokens.resize(TOKENS, [0.0; ROWS]);
+    let to: *mut f32 = tokens.as_mut_ptr().cast();
+    let d = v.head_dim();
+    assert!(queries.len() >= d && d.is_multiple_of(2));
     match turn {
-        Some(table) => {
-            assert!(table.turns.len() >= d / 2 * TOKENS && channels.len() >= d);
-            for (c, t, residual) in s.list.each() {
-                // SAFETY: c < d and t < 64 (`List::fill`), d is even; the tables' sizes were checked above.
-                let ([cos, sin], x, y, sum) = unsafe {
-                    let turn = table.turns.get_unchecked(c / 2 * TOKENS + t);
-                    (turn, channels.get_unchecked(c), channels.get_unchecked(c ^ 1), sums.get_unchecked_mut(t))
-                };
-                // The other channel of the pair gets sin from an even one, -sin from an odd one.
-                let sin = f32::from_bits(sin.to_bits() ^ (c as u32) << 31);
-                let x = _mm_mul_ps(load(x), _mm_set1_ps(*cos));
-                let x = _mm_fmadd_ps(load(y), _mm_set1_ps(sin), x);
-                store(_mm_fmadd_ps(x, _mm_set1_ps(residual), load(sum)), sum);
+        Some((table, origin)) => {
+            undo(origin, queries, channels);
+            assert!(table.turns.len() >= d / 2 * TOKENS);
+            let from: *const f32 = channels.as_ptr().cast();
+            let turns = list.turns.as_chunks::<SOME>().0.iter().zip(list.others.as_chunks::<SOME>().0);
+            for ((at, residuals), (turns, others)) in list.each(n).zip(turns) {
+                for i in 0..SOME {
+                    let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
+                    // SAFETY: channels are below head_dim, which is even, and tokens below 64 (`Scratch::eights`): `channels`,
+                    // as long as the queries, the sums and the table, as checked above, have a place for each.
+                    unsafe {
+                        let [cos, sin] = table.turns.get_unchecked(turns[i] as usize);
+                        let x = _mm_mul_ps(_mm_loadu_ps(from.add(f)), _mm_set1_ps(*cos));
+                        let y = _mm_mul_ps(_mm_loadu_ps(from.add(f ^ ROWS)), _mm_set1_ps(*sin));
+                        let to = to.add(t);
+                        let sum = _mm_fmadd_ps(x, _mm_set1_ps(residuals[i]), _mm_loadu_ps(to));
+                        _mm_storeu_ps(to, _mm_fmadd_ps(y, _mm_set1_ps(others[i]), sum));
+                    }
+                }
             }
         }
         None => {
-            for (c, t, residual) in s.list.each() {
-                store(_mm_fmadd_ps(load(&channels[c]), _mm_set1_ps(residual), load(&sums[t])), &mut sums[t]);
-            }
+            let from: *const f32 = queries.as_ptr().cast();
+            // SAFETY: as above.
+            list.each(n).for_each(|some| unsafe { add_some(some, from, to) });
         }
     }
-    add_to_rows::<R>(sums, scores.each_mut().map(|row| &mut row[..]));
+    add_to_rows::<R>(tokens, scores.each_mut().map(|row| &mut row[..]));
+}
+
+/// to[place of each] += residual * from[place of each].
+///
+/// # Safety
+/// `from` and `to` have four floats at every place of the list.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn add_some((at, residuals): (&[u32; SOME], &[f32; SOME]), from: *const f32, to: *mut f32) {
+    for i in 0..SOME {
+        let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
+        // SAFETY: the caller's.
+        unsafe {
+            let to = to.add(t);
+            let sum = _mm_fmadd_ps(_mm_loadu_ps(from.add(f)), _mm_set1_ps(residuals[i]), _mm_loadu_ps(to));
+            _mm_storeu_ps(to, sum);
+        }
+    }
+}
+
+/// [`Rotation::undo`] of four rows side by side, a pair of channels at a time.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn undo(origin: &Rotation, queries: &[Four], to: &mut Vec<Four>) {
+    to.resize(queries.len(), [0.0; ROWS]);
+    let minus = _mm256_setr_ps(0.0, 0.0, 0.0, 0.0, -0.0, -0.0, -0.0, -0.0);
+    let pairs = queries.as_chunks::<2>().0.iter().zip(to.as_chunks_mut::<2>().0);
+    for ((from, to), (cos, sin)) in pairs.zip(origin.cos.iter().zip(&origin.sin)) {
+        // SAFETY: 8 readable floats, and 8 writable ones; unaligned access is allowed.
+        unsafe {
+            let q = _mm256_loadu_ps(from.as_ptr().cast());
+            let other = _mm256_permute2f128_ps::<1>(q, q);
+            let sin = _mm256_xor_ps(_mm256_set1_ps(*sin), minus);
+            let turned = _mm256_fmadd_ps(q, _mm256_set1_ps(*cos), _mm256_mul_ps(other, sin));
+            _mm256_storeu_ps(to.as_mut_ptr().cast(), turned);
+        }
+    }
 }
 
 /// out[r][c] += weights[r][t] * residual, over some blocks. `out` is `[R, d]`.
@@ -267,20 +358,24 @@ pub(super) fn mix<const R: usize>(
     if blocks.iter().all(|v| v.outliers.places.is_empty()) {
         return;
     }
-    s.channels.clear();
-    s.channels.resize(d, [0.0; ROWS]);
-    let sums = &mut s.channels[..];
     for (b, v) in blocks.iter().enumerate() {
-        s.list.fill(v);
-        side_by_side::<R>(std::array::from_fn(|r| &weights.row(b, r)[..]), &mut s.tokens);
-        let tokens = &s.tokens[..];
-        assert!(tokens.len() >= TOKENS && sums.len() >= v.head_dim());
-        for (c, t, residual) in s.list.each() {
-            // SAFETY: c < head_dim and t < 64 (`List::fill`); the sizes were checked above.
-            let (x, sum) = unsafe { (tokens.get_unchecked(t), sums.get_unchecked_mut(c)) };
-            store(_mm_fmadd_ps(load(x), _mm_set1_ps(residual), load(sum)), sum);
+        s.eights(b, v, |list, i, channel, token, residual| list.set(i, token, channel, residual));
+    }
+    let Scratch { lists, channels, tokens, .. } = s;
+    channels.clear();
+    channels.resize(d, [0.0; ROWS]);
+    let to: *mut f32 = channels.as_mut_ptr().cast();
+    for (b, v) in blocks.iter().enumerate() {
+        let mut rows = [&[][..]; R];
+        for (r, row) in rows.iter_mut().enumerate() {
+            *row = weights.row(b, r);
         }
+        side_by_side::<R>(rows, tokens);
+        assert!(tokens.len() >= TOKENS && channels.len() >= v.head_dim());
+        let from: *const f32 = tokens.as_ptr().cast();
+        // SAFETY: channels are below head_dim and tokens below 64 (`Scratch::eights`); both have a place for each.
+        lists[b].each(v.outliers.places.len()).for_each(|some| unsafe { add_some(some, from, to) });
     }
     let mut rows = out.chunks_exact_mut(d);
-    add_to_rows::<R>(sums, std::array::from_fn(|_| rows.next().expect("out has R rows")));
+    add_to_rows::<R>(channels, std::array::from_fn(|_| rows.next().expect("out has R rows")));
 }

@@ -1,12 +1,12 @@
 //! Scores from codes with static tables.
 //!
-//! Pass 0, once for all rows: signposts, channel by channel, whose widths and order differ. Pass 1: turned by their place
-//! in the block (`vpmulhrsw`), the channels of a pair side by side. Pass 2: products with the queries' pairs (`vpmaddwd`), summed in 32 bits. Outliers, a hundredth of
-//! the entries, are added in f32.
+//! Pass 1, once for all rows: signposts, turned by their place in the block (`vpmulhrsw`), the channels of a pair side by side.
+//! Pass 2: products with the queries' pairs (`vpmaddwd`), summed in 32 bits. Outliers, a hundredth of the entries, are added
+//! in f32.
 //!
 //! ```text
 //! keys   [4 lines][head_dim / 2 pairs][2 vectors][8 tokens] (x', y') 16 bits each
-//!        vector v of line 2h + v/2: tokens 32 h + 4 v + (0..4), then 16 more + (0..4)
+//!        vector v of line 2 h + l: tokens 32 h + 8 l + 4 v + (0..4), then 16 more + (0..4)
 //! ```
 //!
 //! Overflow: a turned channel is at most sqrt(2) * 8191 + 1 steps; queries are scaled so that the sum of their
@@ -20,38 +20,181 @@ use kvquant_quant::pack::UNIT_CHANNELS;
 use super::super::view::{CodedView, Run, TOKENS};
 use super::ahead::Ahead;
 use super::decode::{Line, ROWS, Row, Scratch, Signs};
-use super::outliers;
-use super::unpack::{self, by_rows, by_width};
-use crate::rope::BlockTable;
+use super::outliers::score as outliers_of;
+use super::query::{Pair, Queries, turn as turn_queries};
+use super::unpack::{self, Signposts, by_rows, by_width};
+use crate::rope::{BlockTable, Rotation, Turns16};
 
 /// Sum of the magnitudes of an integer query.
 pub(in super::super) const QUERY_SUM: f32 =
     (i32::MAX as f64 / (TOP as f64 * std::f64::consts::SQRT_2 + 2.0)) as f32 - 1024.0;
 
+/// Keys, line by line, of which each is `[head_dim / 2]`.
+type Lines<'a> = [&'a mut [Line]; 4];
+
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn coded(
     s: &mut Scratch,
-    d: usize,
+    queries: &Queries,
+    block: usize,
     v: &CodedView<'_>,
-    turn: Option<&BlockTable>,
+    origin: Option<&Rotation>,
+    table: &BlockTable,
     ahead: &mut Ahead<'_>,
     scores: &mut [Row],
 ) {
+    let d = v.head_dim();
     let pairs = d / 2;
     s.keys.resize(4 * pairs, Line([[0; 8]; 2]));
-    s.signposts.resize(d, Signs([0; TOKENS]));
+    match origin {
+        Some(_) => turned::<true>(v, &table.shuffled16[..pairs], ahead, &mut s.signposts, &mut s.keys),
+        None => turned::<false>(v, &[], ahead, &mut s.signposts, &mut s.keys),
+    }
+    let vectors = Queries::vectors(d);
+    s.ints.resize(vectors, Default::default());
+    for (first, scores) in (0..).step_by(ROWS).zip(scores.chunks_mut(ROWS)) {
+        let row_ints = &queries.ints[first * vectors..];
+        by_rows!(scores.len(), turn_queries::<_>(row_ints, vectors, origin, &mut s.ints));
+        let ints = &s.ints.as_flattened()[..pairs];
+        let factors = &queries.factors[first..];
+        by_rows!(scores.len(), rows::<_>(&s.keys, ints, factors, scores));
+        let sides = &queries.sides[first / ROWS * d..][..d];
+        let turn = origin.map(|origin| (table, origin));
+        by_rows!(scores.len(), outliers_of::<_>(&mut s.outliers, block, sides, v, turn, scores));
+    }
+}
+
+/// Pass 1. Keys are turned where TURN is true.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn turned<const TURN: bool>(
+    v: &CodedView<'_>,
+    turns: &[Turns16],
+    ahead: &mut Ahead<'_>,
+    room: &mut Vec<Signs>,
+    keys: &mut [Line],
+) {
+    let (front, back) = keys.split_at_mut(v.head_dim());
+    let ((l0, l1), (l2, l3)) = (front.split_at_mut(v.head_dim() / 2), back.split_at_mut(v.head_dim() / 2));
+    let mut lines = [l0, l1, l2, l3];
+    if v.lut.order.is_empty() {
+        for run in v.runs() {
+            by_width!(run, turn_run::<_, TURN>(v, &run, turns, ahead, &mut lines));
+        }
+        return;
+    }
+    room.resize(v.head_dim(), Signs([0; TOKENS]));
     for run in v.runs() {
-        by_width!(run, signposts::<_>(v, &run, ahead, &mut s.signposts));
+        by_width!(run, turn_ordered::<_, TURN>(v, &run, turns, ahead, room, &mut lines));
     }
-    match turn {
-        Some(table) => turned::<true>(&s.signposts, table, pairs, &mut s.keys),
-        None => turned::<false>(&s.signposts, &BlockTable::default(), pairs, &mut s.keys),
+    for &pair in v.apart() {
+        let pair = pair as usize;
+        let [x, y] = &room.as_chunks::<2>().0[pair];
+        let turn = if TURN { Some(&turns[pair]) } else { None };
+        put_pair::<TURN>(get(x), get(y), turn, lines.each_mut().map(|line| &mut line[pair]));
     }
-    let steps = steps_of(v, &s.steps);
-    s.pairs.resize(scores.len() * pairs, 0);
-    let rows_of = s.local.chunks(ROWS * d).zip(s.pairs.chunks_mut(ROWS * pairs)).zip(scores.chunks_mut(ROWS));
-    for ((q, ints), scores) in rows_of {
-        by_rows!(scores.len(), rows::<_>(q, d, v, steps, turn, &s.keys, ints, &mut s.outliers, scores));
+}
+
+/// Pairs of a run, whose places are the channels.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn turn_run<const B: u32, const TURN: bool>(
+    v: &CodedView<'_>,
+    run: &Run<'_>,
+    turns: &[Turns16],
+    ahead: &mut Ahead<'_>,
+    lines: &mut Lines<'_>,
+) {
+    let (from, n, bits) = (run.units.start, run.units.len(), B as usize);
+    let tables = &v.lut.tables.as_chunks::<UNIT_CHANNELS>().0[from..][..n];
+    let turns = if TURN { &turns.as_chunks::<2>().0[from..][..n] } else { &[] };
+    let [l0, l1, l2, l3] = lines.each_mut().map(|line| &mut line.as_chunks_mut::<2>().0[from..][..n]);
+    let vectors = &run.vectors[..n * bits];
+    for i in 0..n {
+        ahead.unit::<B>(i);
+        // SAFETY: `n` units of as many vectors lie in the slice.
+        let [low, high] = unpack::codes::<B>(unsafe { vectors.get_unchecked(i * bits..(i + 1) * bits) });
+        for j in 0..2 {
+            let x = unpack::look_up::<B>(&tables[i][2 * j], low[2 * j], high[2 * j]);
+            let y = unpack::look_up::<B>(&tables[i][2 * j + 1], low[2 * j + 1], high[2 * j + 1]);
+            let turn = if TURN { Some(&turns[i][j]) } else { None };
+            put_pair::<TURN>(x, y, turn, [&mut l0[i][j], &mut l1[i][j], &mut l2[i][j], &mut l3[i][j]]);
+        }
+    }
+    ahead.skip_units::<B>(n);
+}
+
+/// Where places have another order: pairs of which a unit of a run holds both channels; signposts of the others are stored.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn turn_ordered<const B: u32, const TURN: bool>(
+    v: &CodedView<'_>,
+    run: &Run<'_>,
+    turns: &[Turns16],
+    ahead: &mut Ahead<'_>,
+    room: &mut [Signs],
+    lines: &mut Lines<'_>,
+) {
+    let tables = v.lut.tables.as_chunks::<UNIT_CHANNELS>().0[run.units.start..].iter();
+    let order = v.lut.order.as_chunks::<UNIT_CHANNELS>().0;
+    for (i, ((u, unit), tables)) in unpack::units::<B>(run).zip(tables).enumerate() {
+        ahead.unit::<B>(i);
+        let [low, high] = unpack::codes::<B>(unit);
+        let channels = order[u].map(usize::from);
+        if v.is_whole(u) {
+            for j in 0..2 {
+                let x = unpack::look_up::<B>(&tables[2 * j], low[2 * j], high[2 * j]);
+                let y = unpack::look_up::<B>(&tables[2 * j + 1], low[2 * j + 1], high[2 * j + 1]);
+                let pair = channels[2 * j] / 2;
+                let turn = if TURN { Some(&turns[pair]) } else { None };
+                put_pair::<TURN>(x, y, turn, lines.each_mut().map(|line| &mut line[pair]));
+            }
+        } else {
+            for c in 0..UNIT_CHANNELS {
+                put(&mut room[channels[c]], unpack::look_up::<B>(&tables[c], low[c], high[c]));
+            }
+        }
+    }
+    ahead.skip_units::<B>(run.units.len());
+}
+
+/// Turns a pair of channels and stores it.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn put_pair<const TURN: bool>(x: Signposts, y: Signposts, turn: Option<&Turns16>, lines: [&mut Line; 4]) {
+    let [l0, l1, l2, l3] = lines;
+    put_part::<TURN>(x[0][0], y[0][0], turn, 0, l0);
+    put_part::<TURN>(x[0][1], y[0][1], turn, 1, l1);
+    put_part::<TURN>(x[1][0], y[1][0], turn, 2, l2);
+    put_part::<TURN>(x[1][1], y[1][1], turn, 3, l3);
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn put_part<const TURN: bool>(x: __m256i, y: __m256i, turn: Option<&Turns16>, l: usize, Line(to): &mut Line) {
+    let (x, y) = match turn {
+        Some(Turns16([cos, sin])) if TURN => {
+            rotate(x, y, (sixteen(&cos.as_chunks().0[l]), sixteen(&sin.as_chunks().0[l])))
+        }
+        _ => (x, y),
+    };
+    // SAFETY: 32 writable bytes each; unaligned stores are allowed.
+    unsafe {
+        _mm256_storeu_si256(to[0].as_mut_ptr().cast(), _mm256_unpacklo_epi16(x, y));
+        _mm256_storeu_si256(to[1].as_mut_ptr().cast(), _mm256_unpackhi_epi16(x, y));
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn get(from: &Signs) -> Signposts {
+    let parts = from.0.as_chunks::<16>().0;
+    [[sixteen(&parts[0]), sixteen(&parts[1])], [sixteen(&parts[2]), sixteen(&parts[3])]]
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn put(to: &mut Signs, signposts: Signposts) {
+    for (to, x) in to.0.as_chunks_mut::<16>().0.iter_mut().zip(signposts.as_flattened()) {
+        // SAFETY: 32 writable bytes; unaligned stores are allowed.
+        unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), *x) };
     }
 }
 
@@ -60,59 +203,6 @@ pub(super) fn coded(
 fn sixteen(from: &[i16; 16]) -> __m256i {
     // SAFETY: 32 readable bytes; unaligned loads are allowed.
     unsafe { _mm256_loadu_si256(from.as_ptr().cast()) }
-}
-
-/// Pass 0.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn signposts<const B: u32>(v: &CodedView<'_>, run: &Run<'_>, ahead: &mut Ahead<'_>, rows: &mut [Signs]) {
-    let tables = v.lut.tables[run.units.start * UNIT_CHANNELS..].as_chunks::<UNIT_CHANNELS>().0;
-    for (n, ((u, unit), tables)) in unpack::units::<B>(run).zip(tables).enumerate() {
-        ahead.unit::<B>(n);
-        for i in 0..UNIT_CHANNELS {
-            let [low, high] = unpack::codes::<B>(unit);
-            let [x, y] = unpack::look_up::<B>(&tables[i], low[i], high[i]);
-            let row = rows[v.channel(u * UNIT_CHANNELS + i)].0.as_chunks_mut::<16>().0;
-            for (to, x) in row.iter_mut().zip([x[0], y[0], x[1], y[1]]) {
-                // SAFETY: 32 writable bytes; unaligned stores are allowed.
-                unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), x) };
-            }
-        }
-    }
-    ahead.skip_units::<B>(run.units.len());
-}
-
-/// Puts steps in the order of channels, where that is not the order of places.
-pub(super) fn steps_by_channel(v: &CodedView<'_>, to: &mut Vec<f32>) {
-    to.resize(v.lut.order.len(), 0.0);
-    for (&c, &step) in v.lut.order.iter().zip(v.lut.steps) {
-        to[c as usize] = step;
-    }
-}
-
-/// Steps in the order of channels; `ordered` is what [`steps_by_channel`] made.
-pub(in super::super) fn steps_of<'a>(v: &CodedView<'a>, ordered: &'a [f32]) -> &'a [f32] {
-    if v.lut.order.is_empty() { v.lut.steps } else { ordered }
-}
-
-/// Pass 1.
-#[target_feature(enable = "avx2,fma,f16c")]
-fn turned<const TURN: bool>(rows: &[Signs], table: &BlockTable, pairs: usize, keys: &mut [Line]) {
-    let (front, back) = keys.split_at_mut(2 * pairs);
-    let (l0, l1) = front.split_at_mut(pairs);
-    let (l2, l3) = back.split_at_mut(pairs);
-    let lines = l0.iter_mut().zip(l1).zip(l2).zip(l3);
-    for (c, ([x, y], (((l0, l1), l2), l3))) in rows.as_chunks::<2>().0.iter().zip(lines).enumerate() {
-        let (x, y) = (x.0.as_chunks::<16>().0, y.0.as_chunks::<16>().0);
-        // Halves of the tokens, then of each of their 16: the lines' order.
-        for (i, line) in [(0, l0), (2, l1), (1, l2), (3, l3)] {
-            let (mut a, mut b) = (sixteen(&x[i]), sixteen(&y[i]));
-            if TURN {
-                let (cos, sin) = (table.cos16[c].as_chunks::<16>().0, table.sin16[c].as_chunks::<16>().0);
-                (a, b) = rotate(a, b, (sixteen(&cos[i]), sixteen(&sin[i])));
-            }
-            store(a, b, line);
-        }
-    }
 }
 
 #[inline]
@@ -124,93 +214,41 @@ fn rotate(x: __m256i, y: __m256i, (cos, sin): (__m256i, __m256i)) -> (__m256i, _
     )
 }
 
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn store(x: __m256i, y: __m256i, Line([first, second]): &mut Line) {
-    // SAFETY: 32 writable bytes each; unaligned stores are allowed.
-    unsafe {
-        _mm256_storeu_si256(first.as_mut_ptr().cast(), _mm256_unpacklo_epi16(x, y));
-        _mm256_storeu_si256(second.as_mut_ptr().cast(), _mm256_unpackhi_epi16(x, y));
+/// Steps in the order of channels; `room` is for those whose places have another.
+pub(super) fn steps_of<'a>(v: &CodedView<'a>, room: &'a mut Vec<f32>) -> &'a [f32] {
+    if v.lut.order.is_empty() {
+        return v.lut.steps;
     }
-}
-
-/// An integer query: each channel times its step, scaled by the inverse of the returned factor and rounded.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn integers(q: &[f32], steps: &[f32], ints: &mut [i32]) -> f32 {
-    let (eights, rest) = q.as_chunks::<8>();
-    let (of_eights, of_rest) = steps.as_chunks::<8>();
-    let both = || eights.iter().zip(of_eights);
-    let stepped = |(q, step): (&[f32; 8], &[f32; 8])| _mm256_mul_ps(super::load(q), super::load(step));
-    let sign = _mm256_set1_ps(-0.0);
-    let (mut most, mut total) = (_mm256_setzero_ps(), _mm256_setzero_ps());
-    for eight in both() {
-        let x = _mm256_andnot_ps(sign, stepped(eight));
-        most = _mm256_max_ps(most, x);
-        total = _mm256_add_ps(total, x);
+    room.resize(v.lut.order.len(), 0.0);
+    for (&c, &step) in v.lut.order.iter().zip(v.lut.steps) {
+        room[c as usize] = step;
     }
-    let most = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps::<1>(most));
-    let most = _mm_max_ps(most, _mm_movehl_ps(most, most));
-    let mut most = _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
-    let mut total = super::sum(total);
-    for (q, step) in rest.iter().zip(of_rest) {
-        most = most.max((q * step).abs());
-        total += (q * step).abs();
-    }
-    let factor = if total > 0.0 { (32767.0 / most).min(QUERY_SUM / total) } else { 0.0 };
-    // A query of zeros, or one too small to scale, scores 0.
-    let factor = if factor.is_finite() { factor } else { 0.0 };
-    let scale = _mm256_set1_ps(factor);
-    let (to, to_rest) = ints.as_chunks_mut::<4>();
-    for (eight, to) in both().zip(to) {
-        let x = _mm256_cvtps_epi32(_mm256_mul_ps(stepped(eight), scale));
-        let x = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
-        // SAFETY: 16 writable bytes; unaligned stores are allowed.
-        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), x) };
-    }
-    for ((q, step), to) in rest.as_chunks::<2>().0.iter().zip(of_rest.as_chunks::<2>().0).zip(to_rest) {
-        let int = |i: usize| (q[i] * step[i] * factor).round_ties_even() as i32;
-        *to = int(0) & 0xffff | int(1) << 16;
-    }
-    if factor > 0.0 { 1.0 / factor } else { 0.0 }
+    room
 }
 
 /// Pass 2: scores of R rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn rows<const R: usize>(
-    q: &[f32],
-    d: usize,
-    v: &CodedView<'_>,
-    steps: &[f32],
-    turn: Option<&BlockTable>,
-    keys: &[Line],
-    ints: &mut [i32],
-    extra: &mut outliers::Scratch,
-    scores: &mut [Row],
-) {
-    let pairs = d / 2;
+fn rows<const R: usize>(keys: &[Line], ints: &[Pair], factors: &[f32], scores: &mut [Row]) {
     let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
-    let mut factors = [0.0; R];
-    for ((q, ints), factor) in q.chunks_exact(d).zip(ints.chunks_exact_mut(pairs)).zip(&mut factors) {
-        *factor = integers(q, steps, ints);
+    let mut units = [_mm256_setzero_ps(); R];
+    for (unit, factor) in units.iter_mut().zip(factors) {
+        *unit = _mm256_set1_ps(if *factor > 0.0 { 1.0 / factor } else { 0.0 });
     }
-    let queries: [&[i32]; R] = std::array::from_fn(|r| &ints[r * pairs..(r + 1) * pairs]);
-    for (l, lines) in keys.chunks_exact(pairs).enumerate() {
+    for (l, keys) in keys.chunks_exact(ints.len()).enumerate() {
         let mut sums = [[_mm256_setzero_si256(); 2]; R];
-        for (p, Line(k)) in lines.iter().enumerate() {
+        for (Line(key), ints) in keys.iter().zip(ints) {
             // SAFETY: 32 readable bytes each; unaligned loads are allowed.
-            let k = unsafe { [_mm256_loadu_si256(k[0].as_ptr().cast()), _mm256_loadu_si256(k[1].as_ptr().cast())] };
+            let [x, y] =
+                unsafe { [_mm256_loadu_si256(key[0].as_ptr().cast()), _mm256_loadu_si256(key[1].as_ptr().cast())] };
             for r in 0..R {
-                // SAFETY: every query holds `pairs` pairs, as many as there are lines.
-                let q = _mm256_set1_epi32(unsafe { *queries[r].get_unchecked(p) });
-                sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(k[0], q));
-                sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(k[1], q));
+                let q = _mm256_set1_epi32(ints[r]);
+                sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(x, q));
+                sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(y, q));
             }
         }
         for r in 0..R {
-            let factor = _mm256_set1_ps(factors[r]);
-            let x = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][0]), factor);
-            let y = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][1]), factor);
+            let x = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][0]), units[r]);
+            let y = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][1]), units[r]);
             // Tokens 0-3 and 16-19, 4-7 and 20-23: to 0-7 and 16-23.
             let row = scores[r].as_chunks_mut::<8>().0;
             let at = l / 2 * 4 + l % 2;
@@ -218,5 +256,4 @@ fn rows<const R: usize>(
             super::store(&mut row[at + 2], _mm256_permute2f128_ps::<0x31>(x, y));
         }
     }
-    outliers::score::<R>(extra, q, d, v, turn, scores);
 }

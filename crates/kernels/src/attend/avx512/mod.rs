@@ -15,7 +15,7 @@ mod unpack;
 
 pub(super) use mix::coded as mix;
 pub(super) use outliers::place_keys;
-pub(super) use query::Queries;
+pub(super) use query::{Sixteen, set_sides};
 pub(super) use score::coded as score;
 pub(super) use softmax::softmax;
 
@@ -26,8 +26,6 @@ use std::arch::x86_64::*;
 /// What a thread reuses from block to block.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// Integer queries at the block's origin, as many rows as are multiplied at a time side by side.
-    ints: Vec<[query::Pair; 16]>,
     /// What outliers add to their scores.
     extra: [query::Sixteen; TOKENS / 16],
     pub outliers: outliers::Scratch,

@@ -3,14 +3,14 @@
 use std::arch::x86_64::*;
 
 use super::super::avx2::decode::ROWS;
-use super::super::avx2::score::QUERY_SUM;
+use super::super::avx2::query::{Pair, Pairs, Queries};
 use crate::rope::Rotation;
 
 /// Sixteen places of up to four rows: place p of row r at `[p % 4][p / 4 * 4 + r]`, as a transposition within lanes leaves
 /// them. [`place_of`] numbers the groups of four rows.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C, align(64))]
-pub(super) struct Sixteen(pub [[f32; 16]; 4]);
+pub(in crate::attend) struct Sixteen(pub [[f32; 16]; 4]);
 
 /// Where the rows of each of these places lie, in groups of four floats, in a slice of [`Sixteen`].
 #[inline]
@@ -75,75 +75,21 @@ fn some(from: &[f32], first: usize) -> __m512 {
     unsafe { _mm512_maskz_loadu_ps(lanes(0, from.len()), from.as_ptr()) }
 }
 
-/// A task's queries at their own position: what of them no block changes.
-#[derive(Debug, Default)]
-pub(in crate::attend) struct Queries {
-    /// What makes each row integers.
-    pub(super) factors: Vec<f32>,
-    /// Rows times steps and factors: pairs of 16-bit channels `[rows, head_dim / 32]`, rounded up.
-    pub(super) ints: Vec<Pairs>,
-    /// Rows as they are, side by side: `[rows / 4, head_dim / 16]`, rounded up.
-    pub(super) sides: Vec<Sixteen>,
-}
-
-/// Sixteen pairs of channels of a row.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C, align(64))]
-pub(super) struct Pairs([i32; 16]);
-
-impl Queries {
-    /// Rows of [`Queries::ints`] are so long.
-    pub fn vectors(d: usize) -> usize {
-        d.div_ceil(32)
-    }
-
-    /// Becomes the queries `q` `[rows, head_dim]` of blocks with these steps `[head_dim]`.
-    ///
-    /// A turn keeps a pair's length, and a key's pair is at most as long as [`QUERY_SUM`] takes it to be: the largest length
-    /// bounds every channel, and the sum of lengths every score. A length is at most the larger channel and 0.42 of the smaller.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    pub fn set(&mut self, q: &[f32], steps: &[f32]) {
-        let d = steps.len();
-        let (rows, vectors) = (q.len() / d, Self::vectors(d));
-        self.factors.clear();
-        self.ints.resize(rows * vectors, Pairs::default());
-        for (row, ints) in q.chunks_exact(d).zip(self.ints.chunks_exact_mut(vectors)) {
-            let (mut most, mut total) = (_mm512_setzero_ps(), _mm512_setzero_ps());
-            for first in (0..d).step_by(16) {
-                let x = _mm512_abs_ps(_mm512_mul_ps(some(row, first), some(steps, first)));
-                let y = _mm512_permute_ps::<0b10_11_00_01>(x);
-                let length = _mm512_fmadd_ps(_mm512_min_ps(x, y), _mm512_set1_ps(0.414_214), _mm512_max_ps(x, y));
-                most = _mm512_max_ps(most, length);
-                total = _mm512_add_ps(total, length);
+/// Puts the rows `q` `[rows, head_dim]` side by side: `[rows / 4, head_dim / 16]`, rounded up.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(in crate::attend) fn set_sides(queries: &mut Queries, q: &[f32], d: usize) {
+    let sixteens = d.div_ceil(16);
+    queries.wide_sides.resize(q.len().div_ceil(ROWS * d) * sixteens, Sixteen::default());
+    for (rows, sides) in q.chunks(ROWS * d).zip(queries.wide_sides.chunks_exact_mut(sixteens)) {
+        for (first, side) in (0..d).step_by(16).zip(sides) {
+            let mut four = [_mm512_setzero_ps(); ROWS];
+            for (row, to) in rows.chunks_exact(d).zip(&mut four) {
+                *to = some(row, first);
             }
-            // Each pair was counted twice.
-            let (most, total) = (_mm512_reduce_max_ps(most), _mm512_reduce_add_ps(total) / 2.0);
-            let factor = if total > 0.0 { (32767.0 / most).min(QUERY_SUM / total) } else { 0.0 };
-            // A query of zeros, or one too small to scale, scores 0.
-            let factor = if factor.is_finite() { factor } else { 0.0 };
-            self.factors.push(factor);
-            for (first, to) in (0..d).step_by(16).zip(ints.iter_mut().flat_map(|to| to.0.as_chunks_mut::<8>().0)) {
-                let scale = _mm512_mul_ps(some(steps, first), _mm512_set1_ps(factor));
-                let eight = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(some(row, first), scale)));
-                // SAFETY: 32 writable bytes; unaligned stores are allowed.
-                unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), eight) };
-            }
-        }
-        self.sides.resize(rows.div_ceil(ROWS) * d.div_ceil(16), Sixteen::default());
-        for (rows, sides) in q.chunks(ROWS * d).zip(self.sides.chunks_exact_mut(d.div_ceil(16))) {
-            for (first, side) in (0..d).step_by(16).zip(sides) {
-                let mut four = [_mm512_setzero_ps(); ROWS];
-                for (row, to) in rows.chunks_exact(d).zip(&mut four) {
-                    *to = some(row, first);
-                }
-                side.set(four);
-            }
+            side.set(four);
         }
     }
 }
-
-/// Integer queries of a pair of channels, up to four rows: its two channels in 16 bits each.
-pub(super) type Pair = [i32; ROWS];
 
 /// Sixteen pairs of each row to rows side by side.
 #[inline]

@@ -10,9 +10,10 @@ use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::avx2::ahead::Ahead;
 use super::super::avx2::decode::{ROWS, Row, Scratch, Signs};
+use super::super::avx2::query::{Pair, Queries};
 use super::super::avx2::unpack::{by_rows, by_width, units};
 use super::super::view::{CodedView, Run, TOKENS};
-use super::query::{self, Pair, Queries, Sixteen};
+use super::query::{self, Sixteen};
 use super::unpack::{self, Codes, Signposts};
 use super::{multiply_add, outliers};
 use crate::rope::{BlockTable, Rotation, Turns16};
@@ -44,10 +45,10 @@ pub(in crate::attend) fn coded(
         }
     }
     let vectors = Queries::vectors(d);
-    s.wide.ints.resize(vectors, Default::default());
+    s.ints.resize(vectors, Default::default());
     let keys = Keys { v, turn, stored };
-    let Queries { factors, ints, sides } = queries;
-    let (to, outliers, room) = (&mut s.wide.ints[..], &s.wide.outliers, &mut s.signposts[..]);
+    let Queries { factors, ints, wide_sides: sides, .. } = queries;
+    let (to, outliers, room) = (&mut s.ints[..], &s.wide.outliers, &mut s.signposts[..]);
     let extra = &mut s.wide.extra;
     let (sides_each, n) = (d.div_ceil(16), scores.len());
     let mut first = 0;
