@@ -112,6 +112,14 @@ pub(in super::super) unsafe fn scores<'a, const WIDE: bool>(
     for (b, block) in blocks.iter().enumerate() {
         match integer(block) {
             // SAFETY: passed on.
+            Some(v) if WIDE => unsafe { s.wide.outliers.units(b, v) },
+            Some(v) => s.outliers.units(b, v),
+            None => {}
+        }
+    }
+    for (b, block) in blocks.iter().enumerate() {
+        match integer(block) {
+            // SAFETY: passed on.
             Some(v) if WIDE => unsafe {
                 avx512::place_keys(&mut s.wide.outliers, b, v, block.origin.map(|origin| (table, origin)))
             },

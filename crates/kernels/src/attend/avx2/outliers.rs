@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use kvquant_quant::pack::{UNIT_CHANNELS, sum_of};
+use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::view::{CodedView, TOKENS};
 use super::decode::{ByBlock, ROWS, Row};
@@ -20,8 +20,7 @@ const SOME: usize = 4;
 /// What a thread reuses from block to block: lists that only grow, whose end is left over from before.
 #[derive(Default)]
 pub(super) struct Scratch {
-    units: Vec<u8>,
-    /// By block: all of them are made before the first is used, since each waits for its units.
+    /// By block.
     lists: Vec<List>,
     channels: Vec<Four>,
     tokens: Vec<Four>,
@@ -30,6 +29,8 @@ pub(super) struct Scratch {
 /// Outliers one by one.
 #[derive(Default)]
 struct List {
+    /// The unit of each.
+    units: Vec<u8>,
     /// Floats before the rows that are read; 16 bits further those before the ones that are added to.
     at: Vec<u32>,
     /// Of keys: the place in [`BlockTable::turns`].
@@ -39,18 +40,24 @@ struct List {
     others: Vec<f32>,
 }
 
-fn grow<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
+pub(in crate::attend) fn grow<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
     if list.len() < len {
         list.resize(len, T::default());
     }
 }
 
-/// Puts the unit of each outlier into the first places of `units`.
+/// Puts the unit of each of `n` outliers, of which each unit has so many, into the first places of `units`.
+///
+/// What follows reads several of these stores at once, and so has to wait until they have reached the cache: units of all blocks
+/// are found before the first is used.
+///
+/// # Safety
+/// `n` is the sum of `counts`.
 #[inline]
-#[target_feature(enable = "sse2")]
-pub(in crate::attend) fn units_of(counts: &[u8], units: &mut Vec<u8>) {
+#[target_feature(enable = "sse4.1")]
+pub(in crate::attend) unsafe fn units_of(counts: &[u8], n: usize, units: &mut Vec<u8>) {
     const VECTOR: usize = 16;
-    grow(units, sum_of(counts) + 2 * VECTOR);
+    grow(units, n + 2 * VECTOR);
     let (mut to, mut unit) = (units.as_mut_ptr(), _mm_setzero_si128());
     for &count in counts {
         // SAFETY: `to` is no further than the last outlier's end, behind which there is room for a vector and more. What goes
@@ -58,7 +65,7 @@ pub(in crate::attend) fn units_of(counts: &[u8], units: &mut Vec<u8>) {
         unsafe {
             _mm_storeu_si128(to.cast(), unit);
             if count as usize > VECTOR {
-                to.write_bytes(_mm_cvtsi128_si32(unit) as u8, count as usize);
+                to.write_bytes(_mm_extract_epi8::<0>(unit) as u8, count as usize);
             }
             to = to.add(count as usize);
         }
@@ -75,6 +82,17 @@ struct Eight {
 }
 
 impl Scratch {
+    /// Finds the units of a side's outliers: the first step.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub fn units(&mut self, block: usize, v: &CodedView<'_>) {
+        if self.lists.len() <= block {
+            self.lists.resize_with(block + 1, List::default);
+        }
+        // SAFETY: a view has as many outliers as it counts.
+        unsafe { units_of(v.outliers.counts, v.outliers.places.len(), &mut self.lists[block].units) };
+    }
+
     /// Calls `then(list, number of the first, channels, tokens, residuals)` for all outliers of a side, eight at a time. Every
     /// channel is below its `head_dim`, every token below 64. The last eight may hold some once more, with residuals of 0, so
     /// that a loop over all of them ends where a CPU can foresee it.
@@ -87,12 +105,8 @@ impl Scratch {
         mut then: impl FnMut(&mut List, usize, __m256i, __m256i, __m256),
     ) {
         let (places, residuals) = (v.outliers.places, v.outliers.residuals);
-        let n = places.len();
-        units_of(v.outliers.counts, &mut self.units);
-        if self.lists.len() <= block {
-            self.lists.resize_with(block + 1, List::default);
-        }
-        let list = &mut self.lists[block];
+        let (n, list) = (places.len(), &mut self.lists[block]);
+        assert!(list.units.len() >= n + LANES && residuals.len() == n);
         let whole = n.next_multiple_of(LANES);
         grow(&mut list.at, whole);
         grow(&mut list.turns, whole);
@@ -101,16 +115,16 @@ impl Scratch {
         for i in (0..n).step_by(LANES) {
             let first = i.min(n.saturating_sub(LANES));
             let eight = if n >= LANES {
-                // SAFETY: `first` is at most `n - LANES`, and both lists have `n` (`CodedView::new`).
+                // SAFETY: `first` is at most `n - LANES`, and all lists have `n`, as checked above.
                 unsafe {
-                    eight_of(self.units.as_ptr().add(first), places.as_ptr().add(first), residuals.as_ptr().add(first))
+                    eight_of(list.units.as_ptr().add(first), places.as_ptr().add(first), residuals.as_ptr().add(first))
                 }
             } else {
                 let (mut few, mut of_few) = ([0; LANES], [[0; 2]; LANES]);
                 few.iter_mut().zip(places).for_each(|(to, from)| *to = *from);
                 of_few.iter_mut().zip(residuals).for_each(|(to, from)| *to = *from);
                 // SAFETY: lists of eight; units end with more than a vector.
-                unsafe { eight_of(self.units.as_ptr(), few.as_ptr(), of_few.as_ptr()) }
+                unsafe { eight_of(list.units.as_ptr(), few.as_ptr(), of_few.as_ptr()) }
             };
             let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
             let before = _mm256_cmpgt_epi32(_mm256_set1_epi32((i - first) as i32), lane);
@@ -357,6 +371,9 @@ pub(super) fn mix<const R: usize>(
 ) {
     if blocks.iter().all(|v| v.outliers.places.is_empty()) {
         return;
+    }
+    for (b, v) in blocks.iter().enumerate() {
+        s.units(b, v);
     }
     for (b, v) in blocks.iter().enumerate() {
         s.eights(b, v, |list, i, channel, token, residual| list.set(i, token, channel, residual));

@@ -7,6 +7,7 @@ use std::f32::consts::PI;
 use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::avx2::decode::ROWS;
+use super::super::avx2::outliers::{grow, units_of};
 use super::super::view::{CodedView, TOKENS};
 use super::query::{Sixteen, lanes, place_of};
 use crate::rope::{BlockTable, Rotation};
@@ -15,17 +16,13 @@ use crate::rope::{BlockTable, Rotation};
 const LANES: usize = 16;
 /// Outliers that are added in a row.
 const SOME: usize = 4;
-/// Units whose outliers are placed without a branch.
-const MOST_UNITS: usize = 64;
 /// From a pair's first channel to its second, in floats of a slice of [`Sixteen`].
 const SECOND: usize = 16;
 
 /// What a thread reuses from block to block: lists that only grow, whose end is left over from before.
 #[derive(Default)]
 pub(in crate::attend) struct Scratch {
-    /// The unit of each outlier.
-    units: Vec<u16>,
-    /// By block: all of them are made before the first is used, since each waits long for its units.
+    /// By block.
     lists: Vec<List>,
     /// A block's weights.
     weights: [Sixteen; TOKENS / 16],
@@ -35,6 +32,8 @@ pub(in crate::attend) struct Scratch {
 
 #[derive(Default)]
 struct List {
+    /// The unit of each outlier.
+    units: Vec<u8>,
     /// Floats before the rows that are read; 16 bits further those before the ones that are added to.
     at: Vec<u32>,
     /// Weight of what is read; of keys that of the pair's second channel too.
@@ -42,75 +41,16 @@ struct List {
     second: Vec<f32>,
 }
 
-fn grow<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
-    if list.len() < len {
-        list.resize(len, T::default());
-    }
-}
-
 impl Scratch {
+    /// Finds the units of a side's outliers: the first step.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    fn units(&mut self, counts: &[u8], n: usize) {
-        grow(&mut self.units, n.next_multiple_of(TOKENS));
-        if n > u8::MAX as usize || counts.len() > MOST_UNITS {
-            let units = counts.iter().zip(0..).flat_map(|(&n, u)| std::iter::repeat_n(u, n as usize));
-            self.units.iter_mut().zip(units).for_each(|(to, unit)| *to = unit);
-            return;
+    pub fn units(&mut self, block: usize, v: &CodedView<'_>) {
+        if self.lists.len() <= block {
+            self.lists.resize_with(block + 1, List::default);
         }
-        let mut ends = [u8::MAX; MOST_UNITS];
-        let mut before = _mm_setzero_si128();
-        for (counts, ends) in counts.chunks(16).zip(ends.as_chunks_mut::<16>().0) {
-            // SAFETY: only lanes that lie in the slice are read and written; 16 writable bytes.
-            unsafe {
-                let mut x = _mm_maskz_loadu_epi8(lanes(0, counts.len()), counts.as_ptr().cast());
-                x = _mm_add_epi8(x, _mm_bslli_si128::<1>(x));
-                x = _mm_add_epi8(x, _mm_bslli_si128::<2>(x));
-                x = _mm_add_epi8(x, _mm_bslli_si128::<4>(x));
-                x = _mm_add_epi8(x, _mm_bslli_si128::<8>(x));
-                x = _mm_add_epi8(x, before);
-                before = _mm_shuffle_epi8(x, _mm_set1_epi8(15));
-                _mm_mask_storeu_epi8(ends.as_mut_ptr().cast(), lanes(0, counts.len()), x);
-            }
-        }
-        const NUMBERS: [u8; TOKENS] = {
-            let (mut numbers, mut i) = ([0; TOKENS], 0);
-            while i < TOKENS {
-                numbers[i] = i as u8;
-                i += 1;
-            }
-            numbers
-        };
-        let sixteens = &ends.as_chunks::<16>().0[..counts.len().div_ceil(16)];
-        for (first, to) in (0..n).step_by(TOKENS).zip(self.units.as_chunks_mut::<TOKENS>().0) {
-            // SAFETY: 64 readable bytes; unaligned loads are allowed.
-            let number = unsafe { _mm512_loadu_si512(NUMBERS.as_ptr().cast()) };
-            let number = _mm512_add_epi8(number, _mm512_set1_epi8(first as u8 as i8));
-            // An outlier's unit is the number of units that end before it, found by halving.
-            let mut unit = _mm512_setzero_si512();
-            for (i, ends) in sixteens.iter().enumerate() {
-                // SAFETY: 16 readable bytes; unaligned loads are allowed.
-                let ends = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(ends.as_ptr().cast()) });
-                let mut of_these = _mm512_setzero_si512();
-                for step in [8, 4, 2, 1, 1] {
-                    let end = _mm512_shuffle_epi8(ends, _mm512_add_epi8(of_these, _mm512_set1_epi8(step - 1)));
-                    let before = _mm512_cmple_epu8_mask(end, number);
-                    of_these = _mm512_mask_add_epi8(of_these, before, of_these, _mm512_set1_epi8(step));
-                    // Not all of the last units end before an outlier.
-                    if i + 1 == sixteens.len() && step == 1 {
-                        break;
-                    }
-                }
-                unit = _mm512_add_epi8(unit, of_these);
-            }
-            // SAFETY: 128 writable bytes; unaligned stores are allowed.
-            unsafe {
-                let low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(unit));
-                let high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64::<1>(unit));
-                _mm512_storeu_si512(to.as_mut_ptr().cast(), low);
-                _mm512_storeu_si512(to.as_mut_ptr().add(32).cast(), high);
-            }
-        }
+        // SAFETY: a view has as many outliers as it counts.
+        unsafe { units_of(v.outliers.counts, v.outliers.places.len(), &mut self.lists[block].units) };
     }
 
     /// Calls `then(list, number of the first, channels, tokens, residuals)` for all outliers of a side, sixteen at a time.
@@ -125,26 +65,22 @@ impl Scratch {
         mut then: impl FnMut(&mut List, usize, __m512i, __m512i, __m512),
     ) {
         let (places, residuals) = (v.outliers.places, v.outliers.residuals);
-        let n = places.len();
-        self.units(v.outliers.counts, n);
-        if self.lists.len() <= block {
-            self.lists.resize_with(block + 1, List::default);
-        }
-        let list = &mut self.lists[block];
+        let (n, list) = (places.len(), &mut self.lists[block]);
+        assert!(list.units.len() >= n + LANES && residuals.len() == n);
         let whole = n.next_multiple_of(LANES);
         grow(&mut list.at, whole);
         grow(&mut list.first, whole);
         grow(&mut list.second, whole);
         let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         let spare = _mm512_min_epu32(lane, _mm512_set1_epi32(v.head_dim() as i32 - 1));
-        for (i, units) in (0..n).step_by(LANES).zip(self.units.as_chunks::<LANES>().0) {
+        for i in (0..n).step_by(LANES) {
             let some = lanes(i, n);
-            // SAFETY: only lanes that lie in the slices, which are of one length, are read.
+            // SAFETY: only lanes that lie in the slices, which are of one length, are read; units end with a vector more.
             let (unit, place, residual) = unsafe {
-                let unit = _mm256_maskz_mov_epi16(some, _mm256_loadu_si256(units.as_ptr().cast()));
+                let unit = _mm_maskz_mov_epi8(some, _mm_loadu_si128(list.units.as_ptr().add(i).cast()));
                 let place = _mm_maskz_loadu_epi8(some, places.as_ptr().add(i).cast());
                 let residual = _mm256_maskz_loadu_epi16(some, residuals.as_ptr().add(i).cast());
-                (_mm512_cvtepu16_epi32(unit), _mm512_cvtepu8_epi32(place), _mm512_cvtph_ps(residual))
+                (_mm512_cvtepu8_epi32(unit), _mm512_cvtepu8_epi32(place), _mm512_cvtph_ps(residual))
             };
             const UNIT_BITS: u32 = UNIT_CHANNELS.trailing_zeros();
             let mut channel = _mm512_add_epi32(_mm512_slli_epi32::<UNIT_BITS>(unit), _mm512_srli_epi32::<6>(place));
@@ -323,6 +259,9 @@ pub(super) fn mix<const R: usize>(
     let mut sums = std::mem::take(&mut s.sums);
     sums.clear();
     sums.resize(d.div_ceil(16), Sixteen::default());
+    for (b, v) in blocks.iter().enumerate() {
+        s.units(b, v);
+    }
     for (b, v) in blocks.iter().enumerate() {
         s.sixteens(b, v, |list, i, channel, token, residual| {
             list.places(i, place_of(token), place_of(channel));
