@@ -3,25 +3,24 @@
 use std::arch::x86_64::*;
 
 use super::super::State;
+use super::super::avx2::{EXP2, LEAST, WHOLE};
 use super::super::view::TOKENS;
 
-/// e^x for x <= 0; 0 below -87.
+/// e^x for x <= 0, to 2e-7 near 0 and 2e-6 at -87; 0 from -87.7 on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn exp(x: __m512) -> __m512 {
-    let keep = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(x, _mm512_set1_ps(-87.0));
-    let n = _mm512_maskz_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
-        keep,
-        _mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E)),
-    );
-    // r = x - n ln 2, with ln 2 in two parts so that the difference is exact.
-    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693_359_4), x);
-    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.121_944_4e-4), r);
-    let mut p = _mm512_set1_ps(1.0 / 5040.0);
-    for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    let x = _mm512_max_ps(x, _mm512_set1_ps(LEAST));
+    let log2 = _mm512_set1_ps(std::f32::consts::LOG2_E);
+    // x / ln 2 in whole ones, with the exponent's offset, in the low bits; then the rest.
+    let whole = _mm512_fmadd_ps(x, log2, _mm512_set1_ps(WHOLE));
+    let rest = _mm512_fmsub_ps(x, log2, _mm512_sub_ps(whole, _mm512_set1_ps(WHOLE)));
+    let mut p = _mm512_set1_ps(EXP2[0]);
+    for c in &EXP2[1..] {
+        p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(*c));
     }
-    _mm512_maskz_scalef_ps(keep, p, n)
+    let power = _mm512_slli_epi32::<23>(_mm512_castps_si512(whole));
+    _mm512_mul_ps(p, _mm512_castsi512_ps(power))
 }
 
 #[inline]
