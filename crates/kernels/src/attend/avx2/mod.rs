@@ -92,8 +92,7 @@ fn halves(from: &[u16; LANES]) -> __m256 {
 }
 
 /// 2^x from -1/2 to 1/2, the highest power first: the least error relative to it, with 1 at 0.
-pub(super) const EXP2: [f32; 6] =
-    [0.001_326_471_5, 0.009_671_513, 0.055_507_34, 0.240_222_42, 0.693_147, 1.0];
+pub(super) const EXP2: [f32; 6] = [0.001_326_471_5, 0.009_671_513, 0.055_507_34, 0.240_222_42, 0.693_147, 1.0];
 /// -127 ln 2: a power of two whose exponent's bits are 0 is 0.
 pub(super) const LEAST: f32 = -88.03;
 /// A number of this size has no fraction, and in its low bits what is added to it and 127.

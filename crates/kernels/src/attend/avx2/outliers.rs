@@ -14,8 +14,6 @@ type Four = [f32; ROWS];
 
 /// Outliers of a vector.
 const LANES: usize = 8;
-/// Outliers that are added in a row.
-const SOME: usize = 4;
 
 /// What a thread reuses from block to block: lists that only grow, whose end is left over from before.
 #[derive(Default)]
@@ -31,18 +29,33 @@ pub(super) struct Scratch {
 struct List {
     /// The unit of each.
     units: Vec<u8>,
-    /// Floats before the rows that are read; 16 bits further those before the ones that are added to.
-    at: Vec<u32>,
-    /// Of keys: the place in [`BlockTable::turns`].
-    turns: Vec<u32>,
-    residuals: Vec<f32>,
-    /// Of keys: what the other channel of the pair weighs, times sin.
-    others: Vec<f32>,
+    some: Vec<Some8>,
 }
 
+/// Eight outliers.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(64))]
+struct Some8 {
+    /// Floats before the rows that are read; 16 bits further those before the ones that are added to.
+    at: [u32; LANES],
+    residuals: [f32; LANES],
+    /// Of keys: the place in [`BlockTable::turns`].
+    turns: [u32; LANES],
+    /// Of keys: what the other channel of the pair weighs, times sin.
+    others: [f32; LANES],
+}
+
+/// Makes a list as long, if it is shorter.
+#[inline(always)]
 pub(in crate::attend) fn grow<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
-    if list.len() < len {
+    // Rare, and long: not where it is called.
+    #[cold]
+    #[inline(never)]
+    fn longer<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
         list.resize(len, T::default());
+    }
+    if list.len() < len {
+        longer(list, len);
     }
 }
 
@@ -93,38 +106,29 @@ impl Scratch {
         unsafe { units_of(v.outliers.counts, v.outliers.places.len(), &mut self.lists[block].units) };
     }
 
-    /// Calls `then(list, number of the first, channels, tokens, residuals)` for all outliers of a side, eight at a time. Every
+    /// Calls `then(list, channels, tokens, residuals)` for all outliers of a side, eight at a time. Every
     /// channel is below its `head_dim`, every token below 64. The last eight may hold some once more, with residuals of 0, so
     /// that a loop over all of them ends where a CPU can foresee it.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn eights(
-        &mut self,
-        block: usize,
-        v: &CodedView<'_>,
-        mut then: impl FnMut(&mut List, usize, __m256i, __m256i, __m256),
-    ) {
+    fn eights(&mut self, block: usize, v: &CodedView<'_>, mut then: impl FnMut(&mut Some8, __m256i, __m256i, __m256)) {
         let (places, residuals) = (v.outliers.places, v.outliers.residuals);
-        let (n, list) = (places.len(), &mut self.lists[block]);
-        assert!(list.units.len() >= n + LANES && residuals.len() == n);
-        let whole = n.next_multiple_of(LANES);
-        grow(&mut list.at, whole);
-        grow(&mut list.turns, whole);
-        grow(&mut list.residuals, whole);
-        grow(&mut list.others, whole);
-        for i in (0..n).step_by(LANES) {
+        let (n, List { units, some: list }) = (places.len(), &mut self.lists[block]);
+        assert!(units.len() >= n + LANES && residuals.len() == n);
+        grow(list, n.div_ceil(LANES));
+        for (i, to) in (0..n).step_by(LANES).zip(list) {
             let first = i.min(n.saturating_sub(LANES));
             let eight = if n >= LANES {
                 // SAFETY: `first` is at most `n - LANES`, and all lists have `n`, as checked above.
                 unsafe {
-                    eight_of(list.units.as_ptr().add(first), places.as_ptr().add(first), residuals.as_ptr().add(first))
+                    eight_of(units.as_ptr().add(first), places.as_ptr().add(first), residuals.as_ptr().add(first))
                 }
             } else {
                 let (mut few, mut of_few) = ([0; LANES], [[0; 2]; LANES]);
                 few.iter_mut().zip(places).for_each(|(to, from)| *to = *from);
                 of_few.iter_mut().zip(residuals).for_each(|(to, from)| *to = *from);
                 // SAFETY: lists of eight; units end with more than a vector.
-                unsafe { eight_of(list.units.as_ptr(), few.as_ptr(), of_few.as_ptr()) }
+                unsafe { eight_of(units.as_ptr(), few.as_ptr(), of_few.as_ptr()) }
             };
             let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
             let before = _mm256_cmpgt_epi32(_mm256_set1_epi32((i - first) as i32), lane);
@@ -135,7 +139,7 @@ impl Scratch {
             if !v.lut.order.is_empty() {
                 channel = ordered(v.lut.order, channel);
             }
-            then(list, i, channel, _mm256_and_si256(eight.place, _mm256_set1_epi32(TOKENS as i32 - 1)), residual);
+            then(to, channel, _mm256_and_si256(eight.place, _mm256_set1_epi32(TOKENS as i32 - 1)), residual);
         }
     }
 }
@@ -170,28 +174,50 @@ fn ordered(order: &[u16], places: __m256i) -> __m256i {
 }
 
 impl List {
-    /// Some outliers at a time, as few as keep the program short, `n` in all and those that fill up the last eight.
+    /// As many eights as hold `n`.
     #[inline(always)]
-    fn each(&self, n: usize) -> impl Iterator<Item = (&[u32; SOME], &[f32; SOME])> {
-        let some = self.at.as_chunks().0.iter().zip(self.residuals.as_chunks().0);
-        some.take(n.div_ceil(LANES) * (LANES / SOME))
+    fn eights(&self, n: usize) -> impl Iterator<Item = &Some8> {
+        self.some[..n.div_ceil(LANES)].iter()
     }
+}
 
+impl Some8 {
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn set(&mut self, i: usize, from: __m256i, to: __m256i, residual: __m256) {
-        put(&mut self.at, i, _mm256_or_si256(_mm256_slli_epi32::<2>(from), _mm256_slli_epi32::<18>(to)));
-        let list: &mut [f32; LANES] = self.residuals[i..].first_chunk_mut().expect("lists hold whole vectors");
-        super::store(list, residual);
+    fn set(&mut self, from: __m256i, to: __m256i, residual: __m256) {
+        put(&mut self.at, _mm256_or_si256(_mm256_slli_epi32::<2>(from), _mm256_slli_epi32::<18>(to)));
+        super::store(&mut self.residuals, residual);
     }
+
+    /// to[place of each] += residual * from[place of each].
+    ///
+    /// # Safety
+    /// `from` and `to` have four floats at every place.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn add(&self, from: *const f32, to: *mut f32) {
+        for i in 0..LANES {
+            let [f, t] = places(self.at[i]);
+            // SAFETY: the caller's.
+            unsafe {
+                let to = to.add(t);
+                let sum = _mm_fmadd_ps(_mm_loadu_ps(from.add(f)), _mm_set1_ps(self.residuals[i]), _mm_loadu_ps(to));
+                _mm_storeu_ps(to, sum);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn places(at: u32) -> [usize; 2] {
+    [at as u16 as usize, at as usize >> 16]
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn put(list: &mut [u32], i: usize, x: __m256i) {
-    let list: &mut [u32; LANES] = list[i..].first_chunk_mut().expect("lists hold whole vectors");
+fn put(to: &mut [u32; LANES], x: __m256i) {
     // SAFETY: 32 writable bytes; unaligned stores are allowed.
-    unsafe { _mm256_storeu_si256(list.as_mut_ptr().cast(), x) };
+    unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), x) };
 }
 
 #[inline]
@@ -256,14 +282,13 @@ fn add_to_rows<const R: usize>(from: &[Four], rows: [&mut [f32]; R]) {
 /// Makes the list of a block's keys.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn place_keys(s: &mut Scratch, block: usize, v: &CodedView<'_>) {
-    s.eights(block, v, |list, i, channel, token, residual| {
-        list.set(i, channel, token, residual);
+    s.eights(block, v, |to, channel, token, residual| {
+        to.set(channel, token, residual);
         let pair = _mm256_srli_epi32::<1>(channel);
-        put(&mut list.turns, i, _mm256_add_epi32(_mm256_slli_epi32::<TOKEN_BITS>(pair), token));
+        put(&mut to.turns, _mm256_add_epi32(_mm256_slli_epi32::<TOKEN_BITS>(pair), token));
         // The other channel of the pair gets sin from an even one, -sin from an odd one.
         let minus = _mm256_castsi256_ps(_mm256_slli_epi32::<31>(channel));
-        let others: &mut [f32; LANES] = list.others[i..].first_chunk_mut().expect("lists hold whole vectors");
-        super::store(others, _mm256_xor_ps(residual, minus));
+        super::store(&mut to.others, _mm256_xor_ps(residual, minus));
     });
 }
 
@@ -297,19 +322,18 @@ pub(super) fn score<const R: usize>(
             undo(origin, queries, channels);
             assert!(table.turns.len() >= d / 2 * TOKENS);
             let from: *const f32 = channels.as_ptr().cast();
-            let turns = list.turns.as_chunks::<SOME>().0.iter().zip(list.others.as_chunks::<SOME>().0);
-            for ((at, residuals), (turns, others)) in list.each(n).zip(turns) {
-                for i in 0..SOME {
-                    let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
+            for some in list.eights(n) {
+                for i in 0..LANES {
+                    let [f, t] = places(some.at[i]);
                     // SAFETY: channels are below head_dim, which is even, and tokens below 64 (`Scratch::eights`): `channels`,
                     // as long as the queries, the sums and the table, as checked above, have a place for each.
                     unsafe {
-                        let [cos, sin] = table.turns.get_unchecked(turns[i] as usize);
+                        let [cos, sin] = table.turns.get_unchecked(some.turns[i] as usize);
                         let x = _mm_mul_ps(_mm_loadu_ps(from.add(f)), _mm_set1_ps(*cos));
                         let y = _mm_mul_ps(_mm_loadu_ps(from.add(f ^ ROWS)), _mm_set1_ps(*sin));
                         let to = to.add(t);
-                        let sum = _mm_fmadd_ps(x, _mm_set1_ps(residuals[i]), _mm_loadu_ps(to));
-                        _mm_storeu_ps(to, _mm_fmadd_ps(y, _mm_set1_ps(others[i]), sum));
+                        let sum = _mm_fmadd_ps(x, _mm_set1_ps(some.residuals[i]), _mm_loadu_ps(to));
+                        _mm_storeu_ps(to, _mm_fmadd_ps(y, _mm_set1_ps(some.others[i]), sum));
                     }
                 }
             }
@@ -317,28 +341,10 @@ pub(super) fn score<const R: usize>(
         None => {
             let from: *const f32 = queries.as_ptr().cast();
             // SAFETY: as above.
-            list.each(n).for_each(|some| unsafe { add_some(some, from, to) });
+            list.eights(n).for_each(|some| unsafe { some.add(from, to) });
         }
     }
     add_to_rows::<R>(tokens, scores.each_mut().map(|row| &mut row[..]));
-}
-
-/// to[place of each] += residual * from[place of each].
-///
-/// # Safety
-/// `from` and `to` have four floats at every place of the list.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn add_some((at, residuals): (&[u32; SOME], &[f32; SOME]), from: *const f32, to: *mut f32) {
-    for i in 0..SOME {
-        let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
-        // SAFETY: the caller's.
-        unsafe {
-            let to = to.add(t);
-            let sum = _mm_fmadd_ps(_mm_loadu_ps(from.add(f)), _mm_set1_ps(residuals[i]), _mm_loadu_ps(to));
-            _mm_storeu_ps(to, sum);
-        }
-    }
 }
 
 /// [`Rotation::undo`] of four rows side by side, a pair of channels at a time.
@@ -376,7 +382,7 @@ pub(super) fn mix<const R: usize>(
         s.units(b, v);
     }
     for (b, v) in blocks.iter().enumerate() {
-        s.eights(b, v, |list, i, channel, token, residual| list.set(i, token, channel, residual));
+        s.eights(b, v, |to, channel, token, residual| to.set(token, channel, residual));
     }
     let Scratch { lists, channels, tokens, .. } = s;
     channels.clear();
@@ -391,7 +397,7 @@ pub(super) fn mix<const R: usize>(
         assert!(tokens.len() >= TOKENS && channels.len() >= v.head_dim());
         let from: *const f32 = tokens.as_ptr().cast();
         // SAFETY: channels are below head_dim and tokens below 64 (`Scratch::eights`); both have a place for each.
-        lists[b].each(v.outliers.places.len()).for_each(|some| unsafe { add_some(some, from, to) });
+        lists[b].eights(v.outliers.places.len()).for_each(|some| unsafe { some.add(from, to) });
     }
     let mut rows = out.chunks_exact_mut(d);
     add_to_rows::<R>(channels, std::array::from_fn(|_| rows.next().expect("out has R rows")));

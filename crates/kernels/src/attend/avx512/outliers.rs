@@ -34,11 +34,18 @@ pub(in crate::attend) struct Scratch {
 struct List {
     /// The unit of each outlier.
     units: Vec<u8>,
+    some: Vec<Some16>,
+}
+
+/// Sixteen outliers.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(64))]
+struct Some16 {
     /// Floats before the rows that are read; 16 bits further those before the ones that are added to.
-    at: Vec<u32>,
+    at: [u32; LANES],
     /// Weight of what is read; of keys that of the pair's second channel too.
-    first: Vec<f32>,
-    second: Vec<f32>,
+    first: [f32; LANES],
+    second: [f32; LANES],
 }
 
 impl Scratch {
@@ -53,7 +60,7 @@ impl Scratch {
         unsafe { units_of(v.outliers.counts, v.outliers.places.len(), &mut self.lists[block].units) };
     }
 
-    /// Calls `then(list, number of the first, channels, tokens, residuals)` for all outliers of a side, sixteen at a time.
+    /// Calls `then(list, channels, tokens, residuals)` for all outliers of a side, sixteen at a time.
     /// Every channel is below its `head_dim`, every token below 64. What fills up the last sixteen are zeros at places that
     /// differ, so that a loop over all of them neither ends where no CPU can foresee it nor waits for sums at one place.
     #[inline]
@@ -62,22 +69,19 @@ impl Scratch {
         &mut self,
         block: usize,
         v: &CodedView<'_>,
-        mut then: impl FnMut(&mut List, usize, __m512i, __m512i, __m512),
+        mut then: impl FnMut(&mut Some16, __m512i, __m512i, __m512),
     ) {
         let (places, residuals) = (v.outliers.places, v.outliers.residuals);
-        let (n, list) = (places.len(), &mut self.lists[block]);
-        assert!(list.units.len() >= n + LANES && residuals.len() == n);
-        let whole = n.next_multiple_of(LANES);
-        grow(&mut list.at, whole);
-        grow(&mut list.first, whole);
-        grow(&mut list.second, whole);
+        let (n, List { units, some: list }) = (places.len(), &mut self.lists[block]);
+        assert!(units.len() >= n + LANES && residuals.len() == n);
+        grow(list, n.div_ceil(LANES));
         let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         let spare = _mm512_min_epu32(lane, _mm512_set1_epi32(v.head_dim() as i32 - 1));
-        for i in (0..n).step_by(LANES) {
+        for (i, to) in (0..n).step_by(LANES).zip(list) {
             let some = lanes(i, n);
             // SAFETY: only lanes that lie in the slices, which are of one length, are read; units end with a vector more.
             let (unit, place, residual) = unsafe {
-                let unit = _mm_maskz_mov_epi8(some, _mm_loadu_si128(list.units.as_ptr().add(i).cast()));
+                let unit = _mm_maskz_mov_epi8(some, _mm_loadu_si128(units.as_ptr().add(i).cast()));
                 let place = _mm_maskz_loadu_epi8(some, places.as_ptr().add(i).cast());
                 let residual = _mm256_maskz_loadu_epi16(some, residuals.as_ptr().add(i).cast());
                 (_mm512_cvtepu8_epi32(unit), _mm512_cvtepu8_epi32(place), _mm512_cvtph_ps(residual))
@@ -90,7 +94,7 @@ impl Scratch {
             let token = _mm512_and_si512(place, _mm512_set1_epi32(TOKENS as i32 - 1));
             let (channel, token) =
                 (_mm512_mask_mov_epi32(spare, some, channel), _mm512_mask_mov_epi32(lane, some, token));
-            then(list, i, channel, token, residual);
+            then(to, channel, token, residual);
         }
     }
 }
@@ -117,27 +121,28 @@ fn ordered(order: &[u16], places: __m512i) -> __m512i {
 impl List {
     /// Some outliers at a time, as few as keep the program short, `n` in all: where each reads and adds, and what its parts weigh.
     fn each(&self, n: usize) -> impl Iterator<Item = (&[u32; SOME], [&[f32; SOME]; 2])> {
-        let weights = self.first.as_chunks().0.iter().zip(self.second.as_chunks().0);
-        let some = self.at.as_chunks().0.iter().zip(weights).take(n.div_ceil(LANES) * (LANES / SOME));
-        some.map(|(at, (first, second))| (at, [first, second]))
+        self.some[..n.div_ceil(LANES)].iter().flat_map(|Some16 { at, first, second }| {
+            let weights = first.as_chunks().0.iter().zip(second.as_chunks().0);
+            at.as_chunks().0.iter().zip(weights).map(|(at, (first, second))| (at, [first, second]))
+        })
     }
+}
 
+impl Some16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    fn places(&mut self, i: usize, from: __m512i, to: __m512i) {
+    fn places(&mut self, from: __m512i, to: __m512i) {
         let both = _mm512_or_si512(_mm512_slli_epi32::<2>(from), _mm512_slli_epi32::<18>(to));
-        let list: &mut [u32; LANES] = self.at[i..].first_chunk_mut().expect("lists hold whole vectors");
         // SAFETY: 64 writable bytes; unaligned stores are allowed.
-        unsafe { _mm512_storeu_si512(list.as_mut_ptr().cast(), both) };
+        unsafe { _mm512_storeu_si512(self.at.as_mut_ptr().cast(), both) };
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-fn store(list: &mut [f32], i: usize, x: __m512) {
-    let list: &mut [f32; LANES] = list[i..].first_chunk_mut().expect("lists hold whole vectors");
+fn store(to: &mut [f32; LANES], x: __m512) {
     // SAFETY: 64 writable bytes; unaligned stores are allowed.
-    unsafe { _mm512_storeu_ps(list.as_mut_ptr(), x) };
+    unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) };
 }
 
 /// cos and sin of some cycles, to 4e-6.
@@ -194,7 +199,7 @@ pub(in crate::attend) fn place_keys(
     if v.outliers.places.is_empty() {
         return;
     }
-    s.sixteens(block, v, |list, i, channel, token, residual| {
+    s.sixteens(block, v, |to, channel, token, residual| {
         let one = _mm512_set1_epi32(1);
         let (even, pair) = (_mm512_testn_epi32_mask(channel, one), _mm512_srli_epi32::<1>(channel));
         let (cos, sin) = match turn {
@@ -208,9 +213,9 @@ pub(in crate::attend) fn place_keys(
             }
             None => (residual, _mm512_setzero_ps()),
         };
-        list.places(i, place_of(_mm512_andnot_si512(one, channel)), place_of(token));
-        store(&mut list.first, i, _mm512_mask_sub_ps(cos, !even, _mm512_setzero_ps(), sin));
-        store(&mut list.second, i, _mm512_mask_mov_ps(cos, even, sin));
+        to.places(place_of(_mm512_andnot_si512(one, channel)), place_of(token));
+        store(&mut to.first, _mm512_mask_sub_ps(cos, !even, _mm512_setzero_ps(), sin));
+        store(&mut to.second, _mm512_mask_mov_ps(cos, even, sin));
     });
 }
 
@@ -263,9 +268,9 @@ pub(super) fn mix<const R: usize>(
         s.units(b, v);
     }
     for (b, v) in blocks.iter().enumerate() {
-        s.sixteens(b, v, |list, i, channel, token, residual| {
-            list.places(i, place_of(token), place_of(channel));
-            store(&mut list.first, i, residual);
+        s.sixteens(b, v, |to, channel, token, residual| {
+            to.places(place_of(token), place_of(channel));
+            store(&mut to.first, residual);
         });
     }
     for (b, v) in blocks.iter().enumerate() {
