@@ -1,6 +1,7 @@
 //! Scores to probabilities: see AVX2's function of this name.
 
 use std::arch::x86_64::*;
+use std::f32::consts::LOG2_E;
 
 use super::super::State;
 use super::super::avx2::{EXP2, LEAST, WHOLE};
@@ -11,7 +12,7 @@ use super::super::view::TOKENS;
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn exp(x: __m512) -> __m512 {
     let x = _mm512_max_ps(x, _mm512_set1_ps(LEAST));
-    let log2 = _mm512_set1_ps(std::f32::consts::LOG2_E);
+    let log2 = _mm512_set1_ps(LOG2_E);
     // x / ln 2 in whole ones, with the exponent's offset, in the low bits; then the rest.
     let whole = _mm512_fmadd_ps(x, log2, _mm512_set1_ps(WHOLE));
     let rest = _mm512_fmsub_ps(x, log2, _mm512_sub_ps(whole, _mm512_set1_ps(WHOLE)));
