@@ -47,8 +47,8 @@ pub struct HeadLut<'a> {
     pairs: Pairs,
     /// Channels that share a per-token scale; none where scales are static.
     group_channels: Option<usize>,
-    /// Units of the first width before another follows.
-    first_run: usize,
+    /// Where a run of units of one width ends that begins at a unit.
+    run_ends: [u8; MOST_CHANNELS / UNIT_CHANNELS],
     /// Bytes of a block's codes.
     code_bytes: usize,
 }
@@ -57,8 +57,8 @@ pub struct HeadLut<'a> {
 #[cfg(target_arch = "x86_64")]
 #[derive(Debug, Clone, Copy)]
 struct Pairs {
-    /// Units that hold two whole pairs, by bits.
-    whole: u128,
+    /// Whether a unit holds two whole pairs.
+    whole: [bool; MOST_CHANNELS / UNIT_CHANNELS],
     /// The pairs of all other units, the first `count`.
     apart: [u8; MOST_CHANNELS / 2],
     count: usize,
@@ -67,11 +67,11 @@ struct Pairs {
 #[cfg(target_arch = "x86_64")]
 impl Pairs {
     fn new(order: &[u16]) -> Self {
-        let mut pairs = Pairs { whole: 0, apart: [0; MOST_CHANNELS / 2], count: 0 };
+        let mut pairs = Pairs { whole: [false; MOST_CHANNELS / UNIT_CHANNELS], apart: [0; MOST_CHANNELS / 2], count: 0 };
         let is_pair = |two: &[u16; 2]| two[0].is_multiple_of(2) && two[1] == two[0] + 1;
         for (u, unit) in order.as_chunks::<UNIT_CHANNELS>().0.iter().enumerate() {
             if unit.as_chunks().0.iter().all(is_pair) {
-                pairs.whole |= 1 << u;
+                pairs.whole[u] = true;
                 continue;
             }
             for c in unit.iter().filter(|c| *c % 2 == 0) {
@@ -129,9 +129,16 @@ impl<'a> HeadLut<'a> {
             }
         }
         let code_bytes = widths.iter().map(|&b| unit_bytes(b as u32)).sum();
+        let (mut run_ends, mut end) = ([0; MOST_CHANNELS / UNIT_CHANNELS], widths.len() as u8);
+        for u in (0..widths.len()).rev() {
+            if widths.get(u + 1).is_some_and(|next| *next != widths[u]) {
+                end = u as u8 + 1;
+            }
+            run_ends[u] = end;
+        }
         Ok(HeadLut {
             widths,
-            first_run: run_of(widths),
+            run_ends,
             tables,
             steps,
             order,
@@ -182,11 +189,6 @@ pub struct CodedView<'a> {
     pub(super) codes: &'a [u8],
     pub(super) scales: Option<TokenScales<'a>>,
     pub(super) outliers: Outliers<'a>,
-}
-
-/// How many widths are the first.
-fn run_of(widths: &[u8]) -> usize {
-    widths.iter().take_while(|&b| *b == widths[0]).count()
 }
 
 /// Units of one width, one after another.
@@ -270,7 +272,7 @@ impl<'a> CodedView<'a> {
         let (mut rest, mut first, lut) = (self.codes, 0, self.lut);
         std::iter::from_fn(move || {
             let bits = *lut.widths.get(first)? as u32;
-            let n = if first == 0 { lut.first_run } else { run_of(&lut.widths[first..]) };
+            let n = lut.run_ends[first] as usize - first;
             let (codes, next) = rest.split_at(unit_bytes(bits) * n);
             let (units, start) = (first..first + n, self.codes.len() - rest.len());
             (rest, first) = (next, units.end);
@@ -296,11 +298,11 @@ impl<'a> CodedView<'a> {
         self.lut.group_channels.unwrap_or(self.head_dim())
     }
 
-    /// Whether a unit holds two whole RoPE pairs, where places have another order.
+    /// Whether each unit holds two whole RoPE pairs, where places have another order.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    pub(super) fn is_whole(&self, unit: usize) -> bool {
-        self.lut.pairs.whole >> (unit % u128::BITS as usize) & 1 == 1
+    pub(super) fn whole(&self) -> &[bool] {
+        &self.lut.pairs.whole
     }
 
     /// The RoPE pairs of all other units.

@@ -132,27 +132,45 @@ fn turn_ordered<const B: u32, const TURN: bool>(
     room: &mut [Signs],
     lines: &mut Lines<'_>,
 ) {
-    let tables = v.lut.tables.as_chunks::<UNIT_CHANNELS>().0[run.units.start..].iter();
-    let order = v.lut.order.as_chunks::<UNIT_CHANNELS>().0;
-    for (i, ((u, unit), tables)) in unpack::units::<B>(run).zip(tables).enumerate() {
+    let (first, n, bits) = (run.units.start, run.units.len(), B as usize);
+    let tables = &v.lut.tables.as_chunks::<UNIT_CHANNELS>().0[first..][..n];
+    let order = &v.lut.order.as_chunks::<UNIT_CHANNELS>().0[first..][..n];
+    let whole = &v.whole()[first..][..n];
+    let vectors = &run.vectors[..n * bits];
+    let pairs = v.head_dim() / 2;
+    assert!((!TURN || turns.len() >= pairs) && room.len() >= 2 * pairs && lines.iter().all(|l| l.len() >= pairs));
+    for i in 0..n {
         ahead.unit::<B>(i);
-        let [low, high] = unpack::codes::<B>(unit);
-        let channels = order[u].map(usize::from);
-        if v.is_whole(u) {
+        // SAFETY: `n` units of as many vectors lie in the slice.
+        let [low, high] = unpack::codes::<B>(unsafe { vectors.get_unchecked(i * bits..(i + 1) * bits) });
+        let channels = order[i].map(usize::from);
+        if whole[i] {
             for j in 0..2 {
-                let x = unpack::look_up::<B>(&tables[2 * j], low[2 * j], high[2 * j]);
-                let y = unpack::look_up::<B>(&tables[2 * j + 1], low[2 * j + 1], high[2 * j + 1]);
+                let x = unpack::look_up::<B>(&tables[i][2 * j], low[2 * j], high[2 * j]);
+                let y = unpack::look_up::<B>(&tables[i][2 * j + 1], low[2 * j + 1], high[2 * j + 1]);
                 let pair = channels[2 * j] / 2;
-                let turn = if TURN { Some(&turns[pair]) } else { None };
-                put_pair::<TURN>(x, y, turn, lines.each_mut().map(|line| &mut line[pair]));
+                let [l0, l1, l2, l3] = lines;
+                // SAFETY: an order's channels are below head_dim (`HeadLut::new`): each slice has the pair, as checked above.
+                unsafe {
+                    let turn = if TURN { Some(turns.get_unchecked(pair)) } else { None };
+                    let to = [
+                        l0.get_unchecked_mut(pair),
+                        l1.get_unchecked_mut(pair),
+                        l2.get_unchecked_mut(pair),
+                        l3.get_unchecked_mut(pair),
+                    ];
+                    put_pair::<TURN>(x, y, turn, to);
+                }
             }
         } else {
             for c in 0..UNIT_CHANNELS {
-                put(&mut room[channels[c]], unpack::look_up::<B>(&tables[c], low[c], high[c]));
+                // SAFETY: likewise.
+                let to = unsafe { room.get_unchecked_mut(channels[c]) };
+                put(to, unpack::look_up::<B>(&tables[i][c], low[c], high[c]));
             }
         }
     }
-    ahead.skip_units::<B>(run.units.len());
+    ahead.skip_units::<B>(n);
 }
 
 /// Turns a pair of channels and stores it.

@@ -200,27 +200,37 @@ fn add_ordered<const B: u32, const R: usize, const TURN: bool>(
     room: &mut [Signs],
     all: &mut Sums<R>,
 ) {
+    let (first, n, bits) = (run.units.start, run.units.len(), B as usize);
+    let tables = &v.lut.tables.as_chunks::<UNIT_CHANNELS>().0[first..][..n];
+    let order = &v.lut.order.as_chunks::<UNIT_CHANNELS>().0[first..][..n];
+    let whole = &v.whole()[first..][..n];
+    let vectors = &run.vectors[..n * bits];
+    let pairs = v.head_dim() / 2;
+    assert!(ints.len() >= pairs && (!TURN || turns.len() >= pairs) && room.len() >= 2 * pairs);
     let mut sums = *all;
-    let tables = &v.lut.tables.as_chunks::<UNIT_CHANNELS>().0[run.units.start..];
-    let order = v.lut.order.as_chunks::<UNIT_CHANNELS>().0;
-    for (i, ((u, unit), tables)) in units::<B>(run).zip(tables).enumerate() {
+    for i in 0..n {
         ahead.unit::<B>(i);
-        let codes = unpack::codes::<B>(unit);
-        let channels = order[u].map(usize::from);
-        if v.is_whole(u) {
+        // SAFETY: `n` units of as many vectors lie in the slice.
+        let codes = unpack::codes::<B>(unsafe { vectors.get_unchecked(i * bits..(i + 1) * bits) });
+        let channels = order[i].map(usize::from);
+        if whole[i] {
             for j in 0..2 {
                 let pair = channels[2 * j] / 2;
-                let turn = if TURN { Some(&turns[pair]) } else { None };
-                add_codes::<B, R, TURN>(&mut sums, &ints[pair], turn, tables, &codes, 2 * j);
+                // SAFETY: an order's channels are below head_dim (`HeadLut::new`): each slice has the pair, as checked above.
+                let (ints, turn) =
+                    unsafe { (ints.get_unchecked(pair), if TURN { Some(turns.get_unchecked(pair)) } else { None }) };
+                add_codes::<B, R, TURN>(&mut sums, ints, turn, &tables[i], &codes, 2 * j);
             }
         } else {
             let [low, high] = codes;
             for c in 0..UNIT_CHANNELS {
-                put(&mut room[channels[c]], unpack::look_up::<B>(&tables[c], low[c], high[c]));
+                // SAFETY: likewise.
+                let to = unsafe { room.get_unchecked_mut(channels[c]) };
+                put(to, unpack::look_up::<B>(&tables[i][c], low[c], high[c]));
             }
         }
     }
-    ahead.skip_units::<B>(run.units.len());
+    ahead.skip_units::<B>(n);
     *all = sums;
 }
 
@@ -235,6 +245,8 @@ fn add_stored<const R: usize, const TURN: bool>(
 ) {
     let mut sums = *all;
     let keys = keys.as_chunks::<2>().0;
+    let ints = &ints[..keys.len()];
+    let turns = if TURN { &turns[..keys.len()] } else { &[] };
     for pair in pairs {
         let [x, y] = &keys[pair];
         let turn = if TURN { Some(&turns[pair]) } else { None };
