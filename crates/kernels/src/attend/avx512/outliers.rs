@@ -119,16 +119,21 @@ fn ordered(order: &[u16], places: __m512i) -> __m512i {
 }
 
 impl List {
-    /// Some outliers at a time, as few as keep the program short, `n` in all: where each reads and adds, and what its parts weigh.
-    fn each(&self, n: usize) -> impl Iterator<Item = (&[u32; SOME], [&[f32; SOME]; 2])> {
-        self.some[..n.div_ceil(LANES)].iter().flat_map(|Some16 { at, first, second }| {
-            let weights = first.as_chunks().0.iter().zip(second.as_chunks().0);
-            at.as_chunks().0.iter().zip(weights).map(|(at, (first, second))| (at, [first, second]))
-        })
+    /// As many sixteens as hold `n`.
+    #[inline(always)]
+    fn sixteens(&self, n: usize) -> &[Some16] {
+        &self.some[..n.div_ceil(LANES)]
     }
 }
 
 impl Some16 {
+    /// Some at a time, as few as keep the program short: where each reads and adds, and what its parts weigh.
+    #[inline(always)]
+    fn each(&self) -> impl Iterator<Item = (&[u32; SOME], [&[f32; SOME]; 2])> {
+        let weights = self.first.as_chunks().0.iter().zip(self.second.as_chunks().0);
+        self.at.as_chunks().0.iter().zip(weights).map(|(at, (first, second))| (at, [first, second]))
+    }
+
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
     fn places(&mut self, from: __m512i, to: __m512i) {
@@ -234,16 +239,18 @@ pub(super) fn score(
     assert!(queries.len() >= v.head_dim().div_ceil(16));
     let from: *const f32 = queries.as_ptr().cast();
     let to: *mut f32 = sums.as_mut_ptr().cast();
-    for (at, [first, second]) in s.lists[block].each(v.outliers.places.len()) {
-        for i in 0..SOME {
-            let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
-            // SAFETY: channels are below head_dim, which is even, and tokens below 64 (`Scratch::sixteens`): `queries`, as
-            // checked above, and `sums` have a place for each.
-            unsafe {
-                let (x, y) = (_mm_loadu_ps(from.add(f)), _mm_loadu_ps(from.add(f + SECOND)));
-                let to = to.add(t);
-                let sum = _mm_fmadd_ps(x, _mm_set1_ps(first[i]), _mm_loadu_ps(to));
-                _mm_storeu_ps(to, _mm_fmadd_ps(y, _mm_set1_ps(second[i]), sum));
+    for some in s.lists[block].sixteens(v.outliers.places.len()) {
+        for (at, [first, second]) in some.each() {
+            for i in 0..SOME {
+                let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
+                // SAFETY: channels are below head_dim, which is even, and tokens below 64 (`Scratch::sixteens`): `queries`,
+                // as checked above, and `sums` have a place for each.
+                unsafe {
+                    let (x, y) = (_mm_loadu_ps(from.add(f)), _mm_loadu_ps(from.add(f + SECOND)));
+                    let to = to.add(t);
+                    let sum = _mm_fmadd_ps(x, _mm_set1_ps(first[i]), _mm_loadu_ps(to));
+                    _mm_storeu_ps(to, _mm_fmadd_ps(y, _mm_set1_ps(second[i]), sum));
+                }
             }
         }
     }
@@ -278,15 +285,17 @@ pub(super) fn mix<const R: usize>(
         weights(b, &mut s.weights);
         let from: *const f32 = s.weights.as_ptr().cast();
         let to: *mut f32 = sums.as_mut_ptr().cast();
-        for (at, [first, _]) in s.lists[b].each(v.outliers.places.len()) {
-            for i in 0..SOME {
-                let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
-                // SAFETY: channels are below head_dim and tokens below 64 (`Scratch::sixteens`): both slices have a place for
-                // each.
-                unsafe {
-                    let to = to.add(t);
-                    let x = _mm_loadu_ps(from.add(f));
-                    _mm_storeu_ps(to, _mm_fmadd_ps(x, _mm_set1_ps(first[i]), _mm_loadu_ps(to)));
+        for some in s.lists[b].sixteens(v.outliers.places.len()) {
+            for (at, [first, _]) in some.each() {
+                for i in 0..SOME {
+                    let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
+                    // SAFETY: channels are below head_dim and tokens below 64 (`Scratch::sixteens`): both slices have a
+                    // place for each.
+                    unsafe {
+                        let to = to.add(t);
+                        let x = _mm_loadu_ps(from.add(f));
+                        _mm_storeu_ps(to, _mm_fmadd_ps(x, _mm_set1_ps(first[i]), _mm_loadu_ps(to)));
+                    }
                 }
             }
         }
