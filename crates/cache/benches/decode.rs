@@ -22,6 +22,14 @@ const LAYER_WEIGHTS: usize = 280_000;
 const FIXED: f32 = 1.8;
 const MIXED: f32 = 2.05;
 
+/// How much more a channel spreads than others. Real outliers gather in few channels: of keys, where bounds were found on another
+/// text, 1.5 % are outliers, of which four in ten follow one of their own channel; of values more than half do.
+fn spread(channel: usize, [period, more]: [f32; 2]) -> f32 {
+    if channel % period as usize == 3 { more } else { 1.0 }
+}
+const OF_KEYS: [f32; 2] = [8.0, 1.35];
+const OF_VALUES: [f32; 2] = [32.0, 2.2];
+
 /// Reads a layer's weights, as a step does before it attends: what caches held of earlier layers is gone then.
 fn read(weights: &[u64]) {
     let pieces: Vec<&[u64]> = weights.chunks(LAYER_WEIGHTS / 64).collect();
@@ -56,7 +64,7 @@ fn main() {
         for layer in 0..SHAPE.layers {
             let (mut k, mut v) = (noise(n * 192), noise(n * 192));
             if let Ok(fit) = quantizer.fit(&parsed).map(|f| &f.layers[layer]) {
-                // About as many outliers as real keys and values have: 1 % of keys, 0.3 % where widths are mixed.
+                // About as many outliers as real keys and values have; 0.3 % where widths are mixed.
                 let within = |of: &SideFit, c: usize, x: f32, most: f32| {
                     (of.lower[c] + of.upper[c]) / 2.0 + x / most * (of.upper[c] - of.lower[c]) / 2.0
                 };
@@ -78,7 +86,12 @@ fn main() {
                             }
                         }
                     }
-                    _ => k.iter_mut().enumerate().for_each(|(i, x)| *x = within(&fit.keys, i % 192, *x, FIXED)),
+                    _ => {
+                        for (i, x) in k.iter_mut().enumerate() {
+                            *x = within(&fit.keys, i % 192, *x * spread(i, OF_KEYS), FIXED);
+                        }
+                        v.iter_mut().enumerate().for_each(|(i, x)| *x *= spread(i, OF_VALUES));
+                    }
                 }
             }
             tokens.push((k[..192].to_vec(), v[..192].to_vec()));
