@@ -67,7 +67,8 @@ struct Pairs {
 #[cfg(target_arch = "x86_64")]
 impl Pairs {
     fn new(order: &[u16]) -> Self {
-        let mut pairs = Pairs { whole: [false; MOST_CHANNELS / UNIT_CHANNELS], apart: [0; MOST_CHANNELS / 2], count: 0 };
+        let mut pairs =
+            Pairs { whole: [false; MOST_CHANNELS / UNIT_CHANNELS], apart: [0; MOST_CHANNELS / 2], count: 0 };
         let is_pair = |two: &[u16; 2]| two[0].is_multiple_of(2) && two[1] == two[0] + 1;
         for (u, unit) in order.as_chunks::<UNIT_CHANNELS>().0.iter().enumerate() {
             if unit.as_chunks().0.iter().all(is_pair) {
