@@ -48,14 +48,19 @@ pub(super) struct Room {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn scale_of<const R: usize>(blocks: &[[Weights; R]], row: usize) -> (f32, f32) {
     let sign = _mm256_set1_ps(-0.0);
-    let (mut most, mut total) = (_mm256_setzero_ps(), _mm256_setzero_ps());
+    // Four chains instead of one, which would be what the row waits for.
+    let (mut most, mut totals) = ([_mm256_setzero_ps(); 4], [_mm256_setzero_ps(); 4]);
     for block in blocks {
-        for x in &block[row] {
-            let x = _mm256_andnot_ps(sign, *x);
-            most = _mm256_max_ps(most, x);
-            total = _mm256_add_ps(total, x);
+        for four in block[row].as_chunks::<4>().0 {
+            for i in 0..4 {
+                let x = _mm256_andnot_ps(sign, four[i]);
+                most[i] = _mm256_max_ps(most[i], x);
+                totals[i] = _mm256_add_ps(totals[i], x);
+            }
         }
     }
+    let most = _mm256_max_ps(_mm256_max_ps(most[0], most[1]), _mm256_max_ps(most[2], most[3]));
+    let total = _mm256_add_ps(_mm256_add_ps(totals[0], totals[1]), _mm256_add_ps(totals[2], totals[3]));
     let half = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps::<1>(most));
     let half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     let most = _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
