@@ -48,6 +48,9 @@ impl Rows<'_> {
 pub struct RowsRoom {
     #[cfg(target_arch = "x86_64")]
     pub(super) queries: super::avx2::query::Queries,
+    /// Rows side by side, as AVX-512 has them: `[rows / 4, head_dim / 16]`, rounded up.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) sixteens: Vec<super::avx512::Sixteen>,
 }
 
 /// Rows, and what of them is the same for all blocks whose keys the same tables decode: it is made when the first is attended to.

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 
 pub(in super::super) use super::super::rows::{ByBlock, ROWS, Row};
 use super::super::view::{CodedView, TOKENS};
-use super::super::{BLOCKS, BlockView, PreparedRows, SideView, State, avx512};
+use super::super::{BLOCKS, BlockView, PreparedRows, RowsRoom, SideView, State, avx512};
 use super::ahead::Ahead;
 use super::query::Pair;
 use super::{float, mix, outliers, score, softmax};
@@ -130,12 +130,12 @@ pub(in super::super) unsafe fn scores<'a, const WIDE: bool>(
     for (b, (block, scores)) in blocks.iter().zip(weights.chunks_exact_mut(n)).enumerate() {
         let mut ahead = Ahead::of(next.get(b).map(|next| &next.key), &block.key);
         if let Some(v) = integer(block) {
-            let queries = &mut room.queries;
+            let RowsRoom { queries, sixteens } = &mut **room;
             if !lut.is_some_and(|lut| std::ptr::eq(lut, v.lut)) {
                 queries.set(rows.q, score::steps_of(v, &mut s.steps));
                 if WIDE {
                     // SAFETY: passed on.
-                    unsafe { avx512::set_sides(queries, rows.q, d) };
+                    unsafe { avx512::set_sides(sixteens, rows.q, d) };
                 } else {
                     queries.set_sides(rows.q, d);
                 }
@@ -143,7 +143,7 @@ pub(in super::super) unsafe fn scores<'a, const WIDE: bool>(
             }
             if WIDE {
                 // SAFETY: passed on.
-                unsafe { avx512::score(s, queries, b, v, block.origin, table, &mut ahead, scores) };
+                unsafe { avx512::score(s, queries, sixteens, b, v, block.origin, table, &mut ahead, scores) };
             } else {
                 score::coded(s, queries, b, v, block.origin, table, &mut ahead, scores);
             }

@@ -1,5 +1,5 @@
-//! Queries as integers: made once a task, and turned to each block's origin as such. AVX-512 takes the same, and turns them
-//! itself.
+//! Queries as integers: made once a task, and turned to each block's origin as such (AVX-512 takes the same, and turns them
+//! itself); and as floats, for outliers.
 
 use std::arch::x86_64::*;
 
@@ -16,8 +16,6 @@ pub(in crate::attend) struct Queries {
     pub ints: Vec<Pairs>,
     /// Rows as they are, side by side: `[rows / 4, head_dim]`, rounded up.
     pub sides: Vec<[f32; ROWS]>,
-    /// The same as AVX-512 has them.
-    pub wide_sides: Vec<super::super::avx512::Sixteen>,
 }
 
 /// Sixteen pairs of channels of a row.

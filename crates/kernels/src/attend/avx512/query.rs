@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::super::avx2::decode::ROWS;
-use super::super::avx2::query::{Pair, Pairs, Queries};
+use super::super::avx2::query::{Pair, Pairs};
 use crate::rope::Rotation;
 
 /// Sixteen places of up to four rows: place p of row r at `[p % 4][p / 4 * 4 + r]`, as a transposition within lanes leaves
@@ -77,10 +77,10 @@ fn some(from: &[f32], first: usize) -> __m512 {
 
 /// Puts the rows `q` `[rows, head_dim]` side by side: `[rows / 4, head_dim / 16]`, rounded up.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(in crate::attend) fn set_sides(queries: &mut Queries, q: &[f32], d: usize) {
+pub(in crate::attend) fn set_sides(to: &mut Vec<Sixteen>, q: &[f32], d: usize) {
     let sixteens = d.div_ceil(16);
-    queries.wide_sides.resize(q.len().div_ceil(ROWS * d) * sixteens, Sixteen::default());
-    for (rows, sides) in q.chunks(ROWS * d).zip(queries.wide_sides.chunks_exact_mut(sixteens)) {
+    to.resize(q.len().div_ceil(ROWS * d) * sixteens, Sixteen::default());
+    for (rows, sides) in q.chunks(ROWS * d).zip(to.chunks_exact_mut(sixteens)) {
         for (first, side) in (0..d).step_by(16).zip(sides) {
             let mut four = [_mm512_setzero_ps(); ROWS];
             for (row, to) in rows.chunks_exact(d).zip(&mut four) {

@@ -26,6 +26,7 @@ type Sums<const R: usize> = [[__m512i; 4]; R];
 pub(in crate::attend) fn coded(
     s: &mut Scratch,
     queries: &Queries,
+    sides: &[Sixteen],
     block: usize,
     v: &CodedView<'_>,
     origin: Option<&Rotation>,
@@ -47,7 +48,7 @@ pub(in crate::attend) fn coded(
     let vectors = Queries::vectors(d);
     s.ints.resize(vectors, Default::default());
     let keys = Keys { v, turn, stored };
-    let Queries { factors, ints, wide_sides: sides, .. } = queries;
+    let Queries { factors, ints, .. } = queries;
     let (to, outliers, room) = (&mut s.ints[..], &s.wide.outliers, &mut s.signposts[..]);
     let extra = &mut s.wide.extra;
     let (sides_each, n) = (d.div_ceil(16), scores.len());
