@@ -30,7 +30,7 @@ const RUN: usize = 32;
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  kvquant bench smollm2-135m --kv fp16,mix3+sink1 --depths 0,4096,32768\n\nA depth is reached by repeating the cache's blocks of a real text, so no long prefill is needed and positions beyond the model's context can be timed. Attention includes storing the step's own token in all layers. With one cache at one depth, the report says what the process held at most beside the weights. The fp16 floor is the time to read an fp16 cache of that depth once at the read bandwidth, which is measured in the same run.\n--peer llama-cpp-python runs that package (with the interpreter `python3`, or KVQUANT_PYTHON) on the same GGUF file at the same depths, in turns with ours."
+    after_help = "Example:\n  kvquant bench smollm2-135m --kv fp16,mix3+sink1 --depths 0,4096,32768\n\nA depth is reached by repeating the cache's blocks of a real text, so no long prefill is needed and positions beyond the model's context can be timed. Attention includes storing the step's own token in all layers. With one cache at one depth, the report says what the process held at most beside the weights. The fp16 floor is the time to read an fp16 cache of that depth once at the read bandwidth: the middle of what is measured before each cache of that depth and after the last.\n--peer llama-cpp-python runs that package (with the interpreter `python3`, or KVQUANT_PYTHON) on the same GGUF file at the same depths, in turns with ours."
 )]
 pub struct Args {
     /// Known model, GGUF file or Hugging Face folder
@@ -106,21 +106,27 @@ pub fn run(args: Args) -> Result<()> {
         batches,
         work,
     };
-    progress.update("measuring bandwidth", 0, 1);
-    let read_gbps = bandwidth::read_gbps();
     let token = bench.token()?;
     let total = depths.len() * (kvs.len() + peer.as_ref().map_or(0, |p| p.types().len()));
     let mut done = 0;
     let (mut results, mut theirs) = (Vec::new(), Vec::new());
-    let mut floor = vec![0.0; depths.len()];
-    for (i, &depth) in depths.iter().enumerate() {
-        floor[i] = bench.fp16_bytes(depth) as f64 / read_gbps / 1e6;
+    let (mut all_rates, mut peak_bytes) = (Vec::new(), None);
+    for &depth in &depths {
+        // Before each cache and after the last: other users of a machine's memory come and go. The buffer would count as memory of
+        // a cache that is there.
+        let (first, mut rates) = (results.len(), Vec::new());
         for (name, spec) in &kvs {
             progress.update(&format!("{name} at {depth}"), done, total as u64);
+            rates.push(bandwidth::read_gbps());
             let mut cache = bench.filled(spec, quantizer.as_ref(), depth)?;
-            results.push(bench.measure(name, depth, &mut cache, &token, floor[i])?);
+            results.push(bench.measure(name, depth, &mut cache, &token)?);
+            peak_bytes = peak_memory();
             done += 1;
         }
+        rates.push(bandwidth::read_gbps());
+        all_rates.extend_from_slice(&rates);
+        let floor_ms = bench.fp16_bytes(depth) as f64 / median(rates) / 1e6;
+        results[first..].iter_mut().for_each(|r| r.fp16_floor_ms = floor_ms);
         if let Some(peer) = &mut peer {
             for kv in peer.types().to_vec() {
                 progress.update(&format!("llama-cpp-python {kv} at {depth}"), done, total as u64);
@@ -130,15 +136,17 @@ pub fn run(args: Args) -> Result<()> {
         }
     }
     progress.clear();
+    all_rates.sort_by(f64::total_cmp);
     let report = Report {
         model: loaded.name.clone(),
         cpu: bandwidth::cpu_name(),
         kernels: kvquant_kernels::attend::Kernels::detect()?.name(),
         activations: loaded.model.activations.name(),
         threads: kvquant_kernels::threads::count(),
-        read_gbps,
+        read_gbps: median(all_rates.clone()),
+        read_gbps_range: [all_rates[0], all_rates[all_rates.len() - 1]],
         weight_bytes: loaded.model.weight_bytes(),
-        peak_bytes: peak_memory(),
+        peak_bytes,
         results,
         peer: theirs,
     };
@@ -279,7 +287,7 @@ impl Bench<'_> {
         self.profile.then_some(Stages { step, shares })
     }
 
-    fn measure(&self, kv: &str, depth: usize, cache: &mut Cache, token: &Token, floor_ms: f64) -> Result<Line> {
+    fn measure(&self, kv: &str, depth: usize, cache: &mut Cache, token: &Token) -> Result<Line> {
         let len = cache.len();
         let cache_bytes = cache.bytes().total();
         self.reset_clock();
@@ -329,7 +337,7 @@ impl Bench<'_> {
             depth,
             decode_tok_s: 1.0 / decode,
             attend_ms: 1e3 * attend,
-            fp16_floor_ms: floor_ms,
+            fp16_floor_ms: 0.0,
             prefill_tok_s: prefill,
             append_tok_s: CHUNK as f64 / append,
             cache_bytes,

@@ -12,7 +12,9 @@ pub struct Report {
     pub kernels: &'static str,
     pub activations: &'static str,
     pub threads: usize,
+    /// The middle of all measurements, and the least and the most.
     pub read_gbps: f64,
+    pub read_gbps_range: [f64; 2],
     pub weight_bytes: usize,
     /// Where the system tells.
     pub peak_bytes: Option<f64>,
@@ -125,7 +127,7 @@ impl Report {
         let peak =
             self.peak_bytes.map_or_else(String::new, |b| format!("; process peak {}{}", bytes(b), self.above(b)));
         format!(
-            "{}\n{}{}: {} on {} threads, {} kernels, {} activations; {:.1} GB/s read, weights {}{peak}\n",
+            "{}\n{}{}: {} on {} threads, {} kernels, {} activations; {:.1} GB/s read ({:.1} to {:.1}), weights {}{peak}\n",
             table(&rows),
             self.profile(),
             self.model,
@@ -134,6 +136,8 @@ impl Report {
             self.kernels,
             self.activations,
             self.read_gbps,
+            self.read_gbps_range[0],
+            self.read_gbps_range[1],
             bytes(self.weight_bytes as f64),
         )
     }
