@@ -112,11 +112,12 @@ fn numbers_that_are_not_finite_are_an_error_and_leave_the_cache_as_it_was() {
 }
 
 /// Scalar kernels compute in f32 with what the quantizer decodes to, bit for bit: a simulated quantizer. The fast ones
-/// work on codes and integers, and may not lose more than 2 % beyond it. Both decode from the same stored history:
-/// two runs drift apart by more than that from any rounding, since a code that flips changes all that follows. For the
-/// same reason weights meet f32: integers would round either run another way.
+/// work on codes and integers, and may not stray from it by more than 2 % of what it loses itself. (What they lose
+/// against the exact cache is that much more on average only; over few tokens it is as often less.) Both decode from the same
+/// stored history: two runs drift apart by more than that from any rounding, since a code that flips changes all that follows.
+/// For the same reason weights meet f32: integers would round either run another way.
 #[test]
-fn kernels_lose_no_more_than_the_quantizer() {
+fn kernels_stay_near_the_simulated_quantizer() {
     let (mut model, tokenizer) = load();
     model.activations = Activations::F32;
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -134,7 +135,6 @@ fn kernels_lose_no_more_than_the_quantizer() {
         p.iter().zip(&q).filter(|(p, _)| **p > 0.0).map(|(p, q)| p * (p / q.max(1e-300)).ln()).sum()
     };
     let scalar = Kernels::available()[0];
-    let fast = *Kernels::available().last().unwrap();
     for spec in ["nuq4-1%+sink1", "nuq3-1%+sink1", "nuq2-1%+sink1"] {
         let mut exact = model.new_cache(&Spec::Fp16, None).unwrap();
         let mut coded = model.new_cache(&spec.parse().unwrap(), Some(&quantizer)).unwrap();
@@ -142,20 +142,26 @@ fn kernels_lose_no_more_than_the_quantizer() {
             let mut steps = [Step { tokens, cache, logits: Logits::Last }];
             model.forward(&mut steps, Prefill::Quantized).unwrap()
         };
-        let (mut simulated, mut through) = (0.0, 0.0);
+        let (mut simulated, mut strayed) = (0.0, vec![0.0; Kernels::available().len()]);
         for cache in [&mut exact, &mut coded] {
             step(&ids[..400], cache);
         }
         for t in 400..ids.len() {
             let p = probabilities(&step(&ids[t..=t], &mut exact));
             coded.set_kernels(scalar);
-            simulated += divergence(&p, &step(&ids[t..=t], &mut coded));
-            coded.truncate(t).unwrap();
-            coded.set_kernels(fast);
-            through += divergence(&p, &step(&ids[t..=t], &mut coded));
+            let twin = step(&ids[t..=t], &mut coded);
+            simulated += divergence(&p, &twin);
+            for (kernels, strayed) in Kernels::available().into_iter().zip(&mut strayed).skip(1) {
+                coded.truncate(t).unwrap();
+                coded.set_kernels(kernels);
+                *strayed += divergence(&probabilities(&twin), &step(&ids[t..=t], &mut coded));
+            }
         }
-        eprintln!("{spec}: {simulated:.5} simulated, {through:.5} through the {} kernels", fast.name());
-        assert!((through - simulated).abs() <= 0.02 * simulated, "{spec}: {through} {simulated}");
+        for (kernels, strayed) in Kernels::available().into_iter().zip(strayed).skip(1) {
+            let name = kernels.name();
+            eprintln!("{spec}: {simulated:.5} simulated, {strayed:.5} from there to the {name} kernels");
+            assert!(strayed > 0.0 && strayed <= 0.02 * simulated, "{spec}, {name}: {strayed} {simulated}");
+        }
     }
 }
 
