@@ -143,7 +143,7 @@ pub fn run(args: Args) -> Result<()> {
         kernels: kvquant_kernels::attend::Kernels::detect()?.name(),
         activations: loaded.model.activations.name(),
         threads: kvquant_kernels::threads::count(),
-        read_gbps: median(all_rates.clone()),
+        read_gbps: all_rates[all_rates.len() / 2],
         read_gbps_range: [all_rates[0], all_rates[all_rates.len() - 1]],
         weight_bytes: loaded.model.weight_bytes(),
         peak_bytes,

@@ -299,11 +299,17 @@ impl<'a> CodedView<'a> {
         self.lut.group_channels.unwrap_or(self.head_dim())
     }
 
-    /// Whether each unit holds two whole RoPE pairs, where places have another order.
+    /// Of a run's units, where places have another order: their tables, their channels, and whether they hold two whole RoPE
+    /// pairs.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    pub(super) fn whole(&self) -> &[bool] {
-        &self.lut.pairs.whole
+    pub(super) fn ordered_units(
+        &self,
+        run: &Run<'_>,
+    ) -> (&'a [[Table; UNIT_CHANNELS]], &'a [[u16; UNIT_CHANNELS]], &'a [bool]) {
+        let (lut, first, n) = (self.lut, run.units.start, run.units.len());
+        let tables = &lut.tables.as_chunks().0[first..][..n];
+        (tables, &lut.order.as_chunks().0[first..][..n], &lut.pairs.whole[first..][..n])
     }
 
     /// The RoPE pairs of all other units.

@@ -110,11 +110,9 @@ pub(in super::super) unsafe fn scores<'a, const WIDE: bool>(
     let (d, n) = (rows.head_dim, rows.len());
     s.local.resize(n * d, 0.0);
     for (b, block) in blocks.iter().enumerate() {
-        match integer(block) {
-            // SAFETY: passed on.
-            Some(v) if WIDE => unsafe { s.wide.outliers.units(b, v) },
-            Some(v) => s.outliers.units(b, v),
-            None => {}
+        let units = if WIDE { &mut s.wide.outliers.units } else { &mut s.outliers.units };
+        if let Some(v) = integer(block) {
+            units.find(b, v);
         }
     }
     for (b, block) in blocks.iter().enumerate() {

@@ -18,6 +18,7 @@ const LANES: usize = 8;
 /// What a thread reuses from block to block: lists that only grow, whose end is left over from before.
 #[derive(Default)]
 pub(super) struct Scratch {
+    pub units: Units,
     /// By block.
     lists: Vec<List>,
     channels: Vec<Four>,
@@ -25,12 +26,7 @@ pub(super) struct Scratch {
 }
 
 /// Outliers one by one.
-#[derive(Default)]
-struct List {
-    /// The unit of each.
-    units: Vec<u8>,
-    some: Vec<Some8>,
-}
+type List = Vec<Some8>;
 
 /// Eight outliers.
 #[derive(Clone, Copy, Default)]
@@ -47,11 +43,11 @@ struct Some8 {
 
 /// Makes a list as long, if it is shorter.
 #[inline(always)]
-pub(in crate::attend) fn grow<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
+pub(in crate::attend) fn grow<T: Clone + Default>(list: &mut Vec<T>, len: usize) {
     // Rare, and long: not where it is called.
     #[cold]
     #[inline(never)]
-    fn longer<T: Copy + Default>(list: &mut Vec<T>, len: usize) {
+    fn longer<T: Clone + Default>(list: &mut Vec<T>, len: usize) {
         list.resize(len, T::default());
     }
     if list.len() < len {
@@ -59,30 +55,42 @@ pub(in crate::attend) fn grow<T: Copy + Default>(list: &mut Vec<T>, len: usize) 
     }
 }
 
-/// Puts the unit of each of `n` outliers, of which each unit has so many, into the first places of `units`.
+/// The unit of each outlier of a side, by block.
 ///
-/// What follows reads several of these stores at once, and so has to wait until they have reached the cache: units of all blocks
-/// are found before the first is used.
-///
-/// # Safety
-/// `n` is the sum of `counts`.
-#[inline]
-#[target_feature(enable = "sse4.1")]
-pub(in crate::attend) unsafe fn units_of(counts: &[u8], n: usize, units: &mut Vec<u8>) {
+/// A unit's number is stored as often as it has outliers, a vector at a time. Who reads several of these stores at once has to wait
+/// until they have reached the cache: units of all blocks are found before the first is used.
+#[derive(Default)]
+pub(in crate::attend) struct Units(Vec<Vec<u8>>);
+
+impl Units {
     const VECTOR: usize = 16;
-    grow(units, n + 2 * VECTOR);
-    let (mut to, mut unit) = (units.as_mut_ptr(), _mm_setzero_si128());
-    for &count in counts {
-        // SAFETY: `to` is no further than the last outlier's end, behind which there is room for a vector and more. What goes
-        // beyond a unit's end the next one overwrites.
-        unsafe {
-            _mm_storeu_si128(to.cast(), unit);
-            if count as usize > VECTOR {
-                to.write_bytes(_mm_extract_epi8::<0>(unit) as u8, count as usize);
+
+    /// Finds the units of a side.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub fn find(&mut self, block: usize, v: &CodedView<'_>) {
+        grow(&mut self.0, block + 1);
+        let units = &mut self.0[block];
+        grow(units, v.outliers.places.len() + 2 * Self::VECTOR);
+        let (mut to, mut unit) = (units.as_mut_ptr(), _mm_setzero_si128());
+        for &count in v.outliers.counts {
+            // SAFETY: a view has as many outliers as it counts. So `to` is no further than the last one's end, behind which there
+            // is room for a vector and more. What goes beyond a unit's end the next one overwrites.
+            unsafe {
+                _mm_storeu_si128(to.cast(), unit);
+                if count as usize > Self::VECTOR {
+                    to.write_bytes(_mm_extract_epi8::<0>(unit) as u8, count as usize);
+                }
+                to = to.add(count as usize);
             }
-            to = to.add(count as usize);
+            unit = _mm_add_epi8(unit, _mm_set1_epi8(1));
         }
-        unit = _mm_add_epi8(unit, _mm_set1_epi8(1));
+    }
+
+    /// The units of a block's `n` outliers, and a vector more that is readable.
+    #[inline]
+    pub fn of(&self, block: usize, n: usize) -> &[u8] {
+        &self.0[block][..n + Self::VECTOR]
     }
 }
 
@@ -95,17 +103,6 @@ struct Eight {
 }
 
 impl Scratch {
-    /// Finds the units of a side's outliers: the first step.
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub fn units(&mut self, block: usize, v: &CodedView<'_>) {
-        if self.lists.len() <= block {
-            self.lists.resize_with(block + 1, List::default);
-        }
-        // SAFETY: a view has as many outliers as it counts.
-        unsafe { units_of(v.outliers.counts, v.outliers.places.len(), &mut self.lists[block].units) };
-    }
-
     /// Calls `then(list, channels, tokens, residuals)` for all outliers of a side, eight at a time. Every
     /// channel is below its `head_dim`, every token below 64. The last eight may hold some once more, with residuals of 0, so
     /// that a loop over all of them ends where a CPU can foresee it.
@@ -113,8 +110,10 @@ impl Scratch {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn eights(&mut self, block: usize, v: &CodedView<'_>, mut then: impl FnMut(&mut Some8, __m256i, __m256i, __m256)) {
         let (places, residuals) = (v.outliers.places, v.outliers.residuals);
-        let (n, List { units, some: list }) = (places.len(), &mut self.lists[block]);
-        assert!(units.len() >= n + LANES && residuals.len() == n);
+        let n = places.len();
+        assert_eq!(residuals.len(), n);
+        grow(&mut self.lists, block + 1);
+        let (units, list) = (self.units.of(block, n), &mut self.lists[block]);
         grow(list, n.div_ceil(LANES));
         for (i, to) in (0..n).step_by(LANES).zip(list) {
             let first = i.min(n.saturating_sub(LANES));
@@ -171,14 +170,6 @@ fn ordered(order: &[u16], places: __m256i) -> __m256i {
     }
     // SAFETY: 32 readable bytes; unaligned loads are allowed.
     unsafe { _mm256_loadu_si256(all.as_ptr().cast()) }
-}
-
-impl List {
-    /// As many eights as hold `n`.
-    #[inline(always)]
-    fn eights(&self, n: usize) -> impl Iterator<Item = &Some8> {
-        self.some[..n.div_ceil(LANES)].iter()
-    }
 }
 
 impl Some8 {
@@ -322,7 +313,7 @@ pub(super) fn score<const R: usize>(
             undo(origin, queries, channels);
             assert!(table.turns.len() >= d / 2 * TOKENS);
             let from: *const f32 = channels.as_ptr().cast();
-            for some in list.eights(n) {
+            for some in &list[..n.div_ceil(LANES)] {
                 for i in 0..LANES {
                     let [f, t] = places(some.at[i]);
                     // SAFETY: channels are below head_dim, which is even, and tokens below 64 (`Scratch::eights`): `channels`,
@@ -341,7 +332,7 @@ pub(super) fn score<const R: usize>(
         None => {
             let from: *const f32 = queries.as_ptr().cast();
             // SAFETY: as above.
-            list.eights(n).for_each(|some| unsafe { some.add(from, to) });
+            list[..n.div_ceil(LANES)].iter().for_each(|some| unsafe { some.add(from, to) });
         }
     }
     add_to_rows::<R>(tokens, scores.each_mut().map(|row| &mut row[..]));
@@ -379,7 +370,7 @@ pub(super) fn mix<const R: usize>(
         return;
     }
     for (b, v) in blocks.iter().enumerate() {
-        s.units(b, v);
+        s.units.find(b, v);
     }
     for (b, v) in blocks.iter().enumerate() {
         s.eights(b, v, |to, channel, token, residual| to.set(token, channel, residual));
@@ -397,7 +388,7 @@ pub(super) fn mix<const R: usize>(
         assert!(tokens.len() >= TOKENS && channels.len() >= v.head_dim());
         let from: *const f32 = tokens.as_ptr().cast();
         // SAFETY: channels are below head_dim and tokens below 64 (`Scratch::eights`); both have a place for each.
-        lists[b].eights(v.outliers.places.len()).for_each(|some| unsafe { some.add(from, to) });
+        lists[b][..v.outliers.places.len().div_ceil(LANES)].iter().for_each(|some| unsafe { some.add(from, to) });
     }
     let mut rows = out.chunks_exact_mut(d);
     add_to_rows::<R>(channels, std::array::from_fn(|_| rows.next().expect("out has R rows")));

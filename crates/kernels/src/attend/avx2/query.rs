@@ -10,9 +10,9 @@ use crate::rope::Rotation;
 /// A task's queries at their own position: what of them no block changes.
 #[derive(Debug, Default)]
 pub(in crate::attend) struct Queries {
-    /// What makes each row integers.
-    pub factors: Vec<f32>,
-    /// Rows times steps and factors: pairs of 16-bit channels `[rows, head_dim / 32]`, rounded up.
+    /// What one is worth in each row of `ints`; 0 where all are.
+    pub units: Vec<f32>,
+    /// Rows times steps as integers: pairs of 16-bit channels `[rows, head_dim / 32]`, rounded up.
     pub ints: Vec<Pairs>,
     /// Rows as they are, side by side: `[rows / 4, head_dim]`, rounded up.
     pub sides: Vec<[f32; ROWS]>,
@@ -40,7 +40,7 @@ impl Queries {
     pub fn set(&mut self, q: &[f32], steps: &[f32]) {
         let d = steps.len();
         let (rows, vectors) = (q.len() / d, Self::vectors(d));
-        self.factors.clear();
+        self.units.clear();
         self.ints.resize(rows * vectors, Pairs::default());
         // SAFETY: 4 readable floats; unaligned loads are allowed.
         let four = |from: &[f32; 4]| unsafe { _mm_loadu_ps(from.as_ptr()) };
@@ -62,7 +62,7 @@ impl Queries {
             let factor = if total > 0.0 { (32767.0 / most).min(QUERY_SUM / total) } else { 0.0 };
             // A query of zeros, or one too small to scale, scores 0.
             let factor = if factor.is_finite() { factor } else { 0.0 };
-            self.factors.push(factor);
+            self.units.push(if factor > 0.0 { 1.0 / factor } else { 0.0 });
             for ((q, step), to) in both().zip(ints.iter_mut().flat_map(|to| to.0.as_chunks_mut::<2>().0)) {
                 let scale = _mm_mul_ps(four(step), _mm_set1_ps(factor));
                 let x = _mm_cvtps_epi32(_mm_mul_ps(four(q), scale));

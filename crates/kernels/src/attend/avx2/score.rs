@@ -56,8 +56,8 @@ pub(super) fn coded(
         let row_ints = &queries.ints[first * vectors..];
         by_rows!(scores.len(), turn_queries::<_>(row_ints, vectors, origin, &mut s.ints));
         let ints = &s.ints.as_flattened()[..pairs];
-        let factors = &queries.factors[first..];
-        by_rows!(scores.len(), rows::<_>(&s.keys, ints, factors, scores));
+        let units = &queries.units[first..];
+        by_rows!(scores.len(), rows::<_>(&s.keys, ints, units, scores));
         let sides = &queries.sides[first / ROWS * d..][..d];
         let turn = origin.map(|origin| (table, origin));
         by_rows!(scores.len(), outliers_of::<_>(&mut s.outliers, block, sides, v, turn, scores));
@@ -132,10 +132,8 @@ fn turn_ordered<const B: u32, const TURN: bool>(
     room: &mut [Signs],
     lines: &mut Lines<'_>,
 ) {
-    let (first, n, bits) = (run.units.start, run.units.len(), B as usize);
-    let tables = &v.lut.tables.as_chunks::<UNIT_CHANNELS>().0[first..][..n];
-    let order = &v.lut.order.as_chunks::<UNIT_CHANNELS>().0[first..][..n];
-    let whole = &v.whole()[first..][..n];
+    let (n, bits) = (run.units.len(), B as usize);
+    let (tables, order, whole) = v.ordered_units(run);
     let vectors = &run.vectors[..n * bits];
     let pairs = v.head_dim() / 2;
     assert!((!TURN || turns.len() >= pairs) && room.len() >= 2 * pairs && lines.iter().all(|l| l.len() >= pairs));
@@ -246,12 +244,9 @@ pub(super) fn steps_of<'a>(v: &CodedView<'a>, room: &'a mut Vec<f32>) -> &'a [f3
 
 /// Pass 2: scores of R rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn rows<const R: usize>(keys: &[Line], ints: &[Pair], factors: &[f32], scores: &mut [Row]) {
+fn rows<const R: usize>(keys: &[Line], ints: &[Pair], units: &[f32], scores: &mut [Row]) {
     let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
-    let mut units = [_mm256_setzero_ps(); R];
-    for (unit, factor) in units.iter_mut().zip(factors) {
-        *unit = _mm256_set1_ps(if *factor > 0.0 { 1.0 / factor } else { 0.0 });
-    }
+    let units: &[f32; R] = units.first_chunk().expect("a unit a row");
     for (l, keys) in keys.chunks_exact(ints.len()).enumerate() {
         let mut sums = [[_mm256_setzero_si256(); 2]; R];
         for (Line(key), ints) in keys.iter().zip(ints) {
@@ -265,8 +260,9 @@ fn rows<const R: usize>(keys: &[Line], ints: &[Pair], factors: &[f32], scores: &
             }
         }
         for r in 0..R {
-            let x = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][0]), units[r]);
-            let y = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][1]), units[r]);
+            let unit = _mm256_set1_ps(units[r]);
+            let x = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][0]), unit);
+            let y = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][1]), unit);
             // Tokens 0-3 and 16-19, 4-7 and 20-23: to 0-7 and 16-23.
             let row = scores[r].as_chunks_mut::<8>().0;
             let at = l / 2 * 4 + l % 2;

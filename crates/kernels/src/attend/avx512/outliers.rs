@@ -7,7 +7,7 @@ use std::f32::consts::PI;
 use kvquant_quant::pack::UNIT_CHANNELS;
 
 use super::super::avx2::decode::ROWS;
-use super::super::avx2::outliers::{grow, units_of};
+use super::super::avx2::outliers::{Units, grow};
 use super::super::view::{CodedView, TOKENS};
 use super::query::{Sixteen, lanes, place_of};
 use crate::rope::{BlockTable, Rotation};
@@ -22,6 +22,7 @@ const SECOND: usize = 16;
 /// What a thread reuses from block to block: lists that only grow, whose end is left over from before.
 #[derive(Default)]
 pub(in crate::attend) struct Scratch {
+    pub units: Units,
     /// By block.
     lists: Vec<List>,
     /// A block's weights.
@@ -30,12 +31,8 @@ pub(in crate::attend) struct Scratch {
     sums: Vec<Sixteen>,
 }
 
-#[derive(Default)]
-struct List {
-    /// The unit of each outlier.
-    units: Vec<u8>,
-    some: Vec<Some16>,
-}
+/// Outliers one by one.
+type List = Vec<Some16>;
 
 /// Sixteen outliers.
 #[derive(Clone, Copy, Default)]
@@ -49,17 +46,6 @@ struct Some16 {
 }
 
 impl Scratch {
-    /// Finds the units of a side's outliers: the first step.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    pub fn units(&mut self, block: usize, v: &CodedView<'_>) {
-        if self.lists.len() <= block {
-            self.lists.resize_with(block + 1, List::default);
-        }
-        // SAFETY: a view has as many outliers as it counts.
-        unsafe { units_of(v.outliers.counts, v.outliers.places.len(), &mut self.lists[block].units) };
-    }
-
     /// Calls `then(list, channels, tokens, residuals)` for all outliers of a side, sixteen at a time.
     /// Every channel is below its `head_dim`, every token below 64. What fills up the last sixteen are zeros at places that
     /// differ, so that a loop over all of them neither ends where no CPU can foresee it nor waits for sums at one place.
@@ -72,8 +58,10 @@ impl Scratch {
         mut then: impl FnMut(&mut Some16, __m512i, __m512i, __m512),
     ) {
         let (places, residuals) = (v.outliers.places, v.outliers.residuals);
-        let (n, List { units, some: list }) = (places.len(), &mut self.lists[block]);
-        assert!(units.len() >= n + LANES && residuals.len() == n);
+        let n = places.len();
+        assert_eq!(residuals.len(), n);
+        grow(&mut self.lists, block + 1);
+        let (units, list) = (self.units.of(block, n), &mut self.lists[block]);
         grow(list, n.div_ceil(LANES));
         let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         let spare = _mm512_min_epu32(lane, _mm512_set1_epi32(v.head_dim() as i32 - 1));
@@ -116,14 +104,6 @@ fn ordered(order: &[u16], places: __m512i) -> __m512i {
         channels = _mm512_mask_mov_epi32(channels, here, _mm512_and_si512(found, _mm512_set1_epi32(0xffff)));
     }
     channels
-}
-
-impl List {
-    /// As many sixteens as hold `n`.
-    #[inline(always)]
-    fn sixteens(&self, n: usize) -> &[Some16] {
-        &self.some[..n.div_ceil(LANES)]
-    }
 }
 
 impl Some16 {
@@ -239,7 +219,7 @@ pub(super) fn score(
     assert!(queries.len() >= v.head_dim().div_ceil(16));
     let from: *const f32 = queries.as_ptr().cast();
     let to: *mut f32 = sums.as_mut_ptr().cast();
-    for some in s.lists[block].sixteens(v.outliers.places.len()) {
+    for some in &s.lists[block][..v.outliers.places.len().div_ceil(LANES)] {
         for (at, [first, second]) in some.each() {
             for i in 0..SOME {
                 let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];
@@ -272,7 +252,7 @@ pub(super) fn mix<const R: usize>(
     sums.clear();
     sums.resize(d.div_ceil(16), Sixteen::default());
     for (b, v) in blocks.iter().enumerate() {
-        s.units(b, v);
+        s.units.find(b, v);
     }
     for (b, v) in blocks.iter().enumerate() {
         s.sixteens(b, v, |to, channel, token, residual| {
@@ -285,7 +265,7 @@ pub(super) fn mix<const R: usize>(
         weights(b, &mut s.weights);
         let from: *const f32 = s.weights.as_ptr().cast();
         let to: *mut f32 = sums.as_mut_ptr().cast();
-        for some in s.lists[b].sixteens(v.outliers.places.len()) {
+        for some in &s.lists[b][..v.outliers.places.len().div_ceil(LANES)] {
             for (at, [first, _]) in some.each() {
                 for i in 0..SOME {
                     let [f, t] = [at[i] as u16 as usize, at[i] as usize >> 16];

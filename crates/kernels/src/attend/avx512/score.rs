@@ -48,19 +48,19 @@ pub(in crate::attend) fn coded(
     let vectors = Queries::vectors(d);
     s.ints.resize(vectors, Default::default());
     let keys = Keys { v, turn, stored };
-    let Queries { factors, ints, .. } = queries;
+    let Queries { units, ints, .. } = queries;
     let (to, outliers, room) = (&mut s.ints[..], &s.wide.outliers, &mut s.signposts[..]);
     let extra = &mut s.wide.extra;
     let (sides_each, n) = (d.div_ceil(16), scores.len());
     let mut first = 0;
     while first < n {
-        let (scores, factors) = (&mut scores[first..n.min(first + ROWS)], &factors[first..]);
+        let (scores, units) = (&mut scores[first..n.min(first + ROWS)], &units[first..]);
         query::turn(scores.len(), &ints[first * vectors..], vectors, origin, to);
         let extra = (!v.outliers.places.is_empty()).then(|| {
             outliers::score(outliers, block, &sides[first / ROWS * sides_each..], v, extra);
             &*extra
         });
-        by_rows!(scores.len(), rows::<_>(&keys, factors, ahead, room, to, extra, scores));
+        by_rows!(scores.len(), rows::<_>(&keys, units, ahead, room, to, extra, scores));
         first += ROWS;
     }
 }
@@ -201,10 +201,8 @@ fn add_ordered<const B: u32, const R: usize, const TURN: bool>(
     room: &mut [Signs],
     all: &mut Sums<R>,
 ) {
-    let (first, n, bits) = (run.units.start, run.units.len(), B as usize);
-    let tables = &v.lut.tables.as_chunks::<UNIT_CHANNELS>().0[first..][..n];
-    let order = &v.lut.order.as_chunks::<UNIT_CHANNELS>().0[first..][..n];
-    let whole = &v.whole()[first..][..n];
+    let (n, bits) = (run.units.len(), B as usize);
+    let (tables, order, whole) = v.ordered_units(run);
     let vectors = &run.vectors[..n * bits];
     let pairs = v.head_dim() / 2;
     assert!(ints.len() >= pairs && (!TURN || turns.len() >= pairs) && room.len() >= 2 * pairs);
@@ -287,7 +285,7 @@ fn all_pairs<const R: usize, const TURN: bool>(
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn rows<const R: usize>(
     keys: &Keys<'_>,
-    factors: &[f32],
+    units: &[f32],
     ahead: &mut Ahead<'_>,
     room: &mut [Signs],
     ints: &[[Pair; 16]],
@@ -296,7 +294,7 @@ fn rows<const R: usize>(
 ) {
     let (v, turn) = (keys.v, keys.turn);
     let scores: &mut [Row; R] = scores.first_chunk_mut().expect("called with R rows");
-    let factors: &[f32; R] = factors.first_chunk().expect("a factor a row");
+    let units: &[f32; R] = units.first_chunk().expect("a unit a row");
     let mut sums = [[_mm512_setzero_si512(); 4]; R];
     // As many turns as there are pairs, or none where keys are stored turned.
     let turns = turn.map_or(&[][..], |t| &t.wide16[..v.head_dim() / 2]);
@@ -319,10 +317,9 @@ fn rows<const R: usize>(
         // SAFETY: 64 readable bytes; unaligned loads are allowed.
         let places = unsafe { _mm512_loadu_si512(PLACES[i % 2].as_ptr().cast()) };
         for r in 0..R {
-            let units = if factors[r] > 0.0 { 1.0 / factors[r] } else { 0.0 };
             let x = _mm512_permutex2var_epi32(sums[r][i / 2 * 2], places, sums[r][i / 2 * 2 + 1]);
             let extra = extra.map_or(_mm512_setzero_ps(), |e| e[r]);
-            let x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(units), extra);
+            let x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(units[r]), extra);
             // SAFETY: 16 writable floats; unaligned stores are allowed.
             unsafe { _mm512_storeu_ps(scores[r][16 * i..][..16].as_mut_ptr(), x) };
         }
