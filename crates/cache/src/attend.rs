@@ -1,30 +1,21 @@
-//! From a layer's queries to its blocks: positions, tasks, merge.
+//! From a layer's queries to its blocks: positions, tasks ([`plan`]), calls to the kernels ([`stream`]), merge.
 
 mod plan;
+mod stream;
 
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use kvquant_kernels::attend::{
-    BLOCKS, BlockView, Kernels, PreparedRows, Rows as QueryRows, RowsRoom, SideView, State, ViewError,
-};
+use kvquant_kernels::attend::{BlockView, Kernels, Rows as QueryRows, RowsRoom, SideView, State, ViewError};
 use kvquant_kernels::rope::{BlockTable, Rope, Rotation};
 use kvquant_kernels::threads;
 use kvquant_quant::pack::BLOCK_TOKENS;
-use smallvec::SmallVec;
 
 use crate::block::Block;
 use crate::edge::{Edge, EdgeRoom};
 use crate::error::CacheError;
 use crate::layer::Layer;
 use crate::sequence::CacheShape;
-
-/// Views of the blocks of one call to the kernels.
-type Views<'a> = SmallVec<[BlockView<'a>; BLOCKS]>;
-/// KV heads of a task that need no memory of their own.
-const HEADS: usize = 8;
-/// Something of each head.
-type ByHead<T> = SmallVec<[T; HEADS]>;
 
 /// Rotations of the positions of one forward pass, computed once for all layers.
 #[derive(Debug, Default)]
@@ -115,26 +106,45 @@ pub(crate) struct History<'a> {
     pub sinks: usize,
 }
 
-/// One piece of work: some KV heads, some query tokens, a run of the layer's parts (part 0 is the sinks).
-///
-/// A block is read front to back where one piece has all its heads: the memory sees what comes next, and where a head's
-/// outliers begin is where those of the head before end.
-#[derive(Debug, Clone, Default, PartialEq)]
+/// Query tokens of some KV heads: what one thread attends with.
+#[derive(Debug, Clone, Default)]
 struct Task {
     heads: Range<usize>,
     tokens: Range<usize>,
+}
+
+/// What a thread takes at a time: some KV heads of a run of the layer's parts (part 0 is the sinks).
+///
+/// A block is read front to back where one piece has all its heads: the memory sees what comes next, and where a head's
+/// outliers begin is where those of the head before end.
+#[derive(Debug, Clone)]
+struct Piece {
+    heads: Range<usize>,
     parts: Range<usize>,
 }
 
 /// A task and what comes of it.
 #[derive(Debug, Default)]
-pub(crate) struct Work {
+struct Work {
     task: Task,
-    /// One a head; more is room.
+    /// Numbers of the pieces that it had.
+    pieces: Vec<usize>,
+    /// One for each head of each of them; more is room.
     states: Vec<State>,
-    /// Likewise.
+    /// One a head of the task; more is room.
     rows: Vec<RowsRoom>,
     edge: EdgeRoom,
+}
+
+/// What attention to a layer works in, left over from the one before.
+#[derive(Debug, Default)]
+pub(crate) struct Room {
+    works: Vec<Work>,
+    pieces: Vec<Piece>,
+    /// Whose work has a piece's states, and from where on.
+    places: Vec<(usize, usize)>,
+    /// One a KV head.
+    merged: Vec<State>,
 }
 
 /// Query rows of a KV head: those of the call's tokens `tokens`, the first at `position`, from row `row` of a state on.
@@ -156,117 +166,6 @@ struct Place<'a> {
 }
 
 impl History<'_> {
-    /// Attends with a task's rows, the first at `position`, to its parts.
-    fn attend(&self, queries: &Queries<'_>, work: &mut Work, position: usize) -> Result<(), ViewError> {
-        let mut parts = work.task.parts.clone();
-        while !parts.is_empty() {
-            let end = self.layer.next_tables(parts.start.saturating_sub(1)).saturating_add(1).min(parts.end);
-            self.attend_run(queries, work, position, parts.start..end)?;
-            parts.start = end;
-        }
-        Ok(())
-    }
-
-    /// Attends to parts that the same tables decode.
-    fn attend_run(
-        &self,
-        queries: &Queries<'_>,
-        work: &mut Work,
-        position: usize,
-        parts: Range<usize>,
-    ) -> Result<(), ViewError> {
-        let Work { task, states, rows: rooms, edge } = work;
-        let cx = self.layer.context(parts.start.saturating_sub(1));
-        let heads = task.heads.clone().map(|head| cx.head(head)).collect::<Result<ByHead<_>, _>>()?;
-        let n = task.tokens.len();
-        let rows = |head: usize| QueryRows {
-            q: queries.of(head, task.tokens.clone()),
-            group: queries.group,
-            head_dim: queries.head_dim,
-            first_visible: BLOCK_TOKENS,
-        };
-        // Blocks that every row sees whole wait in one list a head: the next are asked for while those before them, in the
-        // other, are attended to.
-        let mut lists: ByHead<[Views<'_>; 2]> = heads.iter().map(|_| Default::default()).collect();
-        let mut next = 0;
-        let prepared = task.heads.clone().zip(rooms).map(|(head, room)| PreparedRows::new(rows(head), room));
-        let mut prepared: ByHead<PreparedRows<'_>> = prepared.collect();
-        let blocks = self.layer.blocks();
-        // Nobody may have asked for what the first calls read.
-        let first = parts.start.saturating_sub(1);
-        let of_calls = blocks[first.min(blocks.len())..].iter().take(BLOCKS);
-        of_calls.for_each(|block| block.prefetch(self.kernels));
-        for part in parts.clone() {
-            let (block, first, len, origin) = if part == 0 {
-                let sink = self.layer.sink();
-                (None, 0, sink.len(cx.channels), self.start)
-            } else {
-                let b = part - 1;
-                if let Some(near) = blocks.get(b + BLOCKS) {
-                    near.prefetch_index(&cx, self.kernels);
-                    if let Some(origin) = self.origins.map(|o| &o[b + BLOCKS]) {
-                        self.kernels.prefetch_bytes(&origin.cos);
-                        self.kernels.prefetch_bytes(&origin.sin);
-                    }
-                }
-                let first = self.sinks + (self.layer.dropped() + b) * BLOCK_TOKENS;
-                (Some(&blocks[b]), first, blocks[b].len(cx.channels), self.origins.map(|o| &o[b]))
-            };
-            if len == 0 {
-                continue;
-            }
-            let in_window = |w: usize| first.saturating_add(w) >= position + n;
-            let whole = self.layer.window().is_none_or(in_window) && first + len <= position + 1;
-            let mut starts = None;
-            for (i, of) in heads.iter().enumerate() {
-                let sides = match block {
-                    Some(block) => block.views(of, &mut starts)?,
-                    None => self.layer.sink().views(of),
-                };
-                if whole {
-                    lists[i][next].push(BlockView::new(sides.0, sides.1, len, origin)?);
-                } else {
-                    let asking = Asking { head: task.heads.start + i, tokens: task.tokens.clone(), position, row: 0 };
-                    self.fold(queries, &asking, Place { sides, first, len, origin }, &mut states[i], edge)?;
-                }
-            }
-            if lists[0][next].len() == BLOCKS {
-                self.attend_lists(&mut prepared, &lists, 1 - next, states);
-                next = 1 - next;
-                lists.iter_mut().for_each(|lists| lists[next].clear());
-            }
-        }
-        self.attend_lists(&mut prepared, &lists, 1 - next, states);
-        lists.iter_mut().for_each(|lists| lists[1 - next].clear());
-        // This thread's next piece most often begins where this one ends.
-        let same_tables = self.layer.next_tables(first).min(blocks.len());
-        for block in &blocks[(parts.end - 1).min(same_tables)..(parts.end - 1 + BLOCKS).min(same_tables)] {
-            if block.len(cx.channels) < BLOCK_TOKENS {
-                break;
-            }
-            let mut starts = None;
-            for (of, lists) in heads.iter().zip(&mut lists) {
-                let (key, value) = block.views(of, &mut starts)?;
-                lists[1 - next].push(BlockView::new(key, value, BLOCK_TOKENS, None)?);
-            }
-        }
-        self.attend_lists(&mut prepared, &lists, next, states);
-        Ok(())
-    }
-
-    /// Attends with each head's rows to what waits in one of its lists, while the other is asked for.
-    fn attend_lists<'a>(
-        &self,
-        heads: &mut [PreparedRows<'a>],
-        lists: &[[Views<'a>; 2]],
-        now: usize,
-        states: &mut [State],
-    ) {
-        for ((rows, lists), state) in heads.iter_mut().zip(lists).zip(states) {
-            self.kernels.attend_all(rows, &lists[now], &lists[1 - now], self.table, state);
-        }
-    }
-
     /// Attends with some rows to one block, none of which begins after the first row's position.
     fn fold(
         &self,
@@ -320,52 +219,67 @@ impl History<'_> {
         Ok(())
     }
 
-    /// Runs the tasks, `extra` after each, and writes the merged outputs `[tokens, heads, head_dim]`, where
-    /// `tokens.start` is the first token of `out`.
+    /// Attends to everything stored, and with each head of a task to its `own` as well; writes the merged outputs
+    /// `[tokens, heads, head_dim]`, where `tokens.start` is the first token of `out`.
     fn run(
         &self,
         queries: &Queries<'_>,
         tokens: Range<usize>,
         position: usize,
-        works: &mut Vec<Work>,
+        room: &mut Room,
         out: &mut [f32],
-        extra: impl Fn(&mut Work) -> Result<(), ViewError> + Sync,
+        own: impl Fn(usize, &Range<usize>, &mut State, &mut EdgeRoom) -> Result<(), ViewError> + Sync,
     ) -> Result<(), CacheError> {
         let (d, group, heads) = (self.shape.head_dim, queries.group, self.shape.heads);
-        let n = self.plan(tokens.clone(), works);
-        let works = &mut works[..n];
-        let run = |work: &mut Work| {
-            let Task { heads, tokens: of, .. } = &work.task;
-            if work.states.len() < heads.len() {
-                work.states.resize_with(heads.len(), State::default);
-                work.rows.resize_with(heads.len(), RowsRoom::default);
-            }
-            work.states[..heads.len()].iter_mut().for_each(|state| state.reset(of.len() * group, d));
-            self.attend(queries, work, position + work.task.tokens.start - tokens.start)?;
-            if work.task.parts.start == 0 { extra(work) } else { Ok(()) }
+        let (tasks, shares) = self.plan(tokens.clone(), room);
+        let Room { works, pieces, places, merged } = room;
+        let works = &mut works[..tasks];
+        let run = |i: usize, work: &mut Work| {
+            let position = position + work.task.tokens.start - tokens.start;
+            // Without shares a task has the piece of its head.
+            let mut all = Some(work.task.heads.start);
+            let next = || shares.as_ref().map_or_else(|| all.take(), |shares| shares.take(i));
+            self.attend(queries, work, position, pieces, next, &own)
         };
-        if n == 1 || !self.is_worth_threads(&tokens) {
-            works.iter_mut().try_for_each(run)?;
+        if tasks == 1 || !self.is_worth_threads(&tokens) {
+            works.iter_mut().enumerate().try_for_each(|(i, work)| run(i, work))?;
         } else {
             let failed = OnceLock::new();
-            threads::for_each_mut(works, |_, work| {
-                if let Err(e) = run(work) {
+            threads::for_each_mut(works, |i, work| {
+                if let Err(e) = run(i, work) {
                     // The first is enough.
                     let _ = failed.set(e);
                 }
             });
             failed.into_inner().map_or(Ok(()), Err)?;
         }
-        for same in works.chunk_by_mut(|a, b| a.task.heads == b.task.heads && a.task.tokens == b.task.tokens) {
-            let (Work { task, states, .. }, others) = same.split_first_mut().expect("a chunk is not empty");
-            for (i, (head, state)) in task.heads.clone().zip(states).enumerate() {
-                others.iter().for_each(|other| state.merge(&other.states[i]));
-                for row in 0..state.rows() {
-                    let (t, head) = (task.tokens.start - tokens.start + row / group, head * group + row % group);
-                    state.finish(row, &mut out[(t * heads + head) * d..][..d]);
-                }
+        let mut finish = |head: usize, of: &Range<usize>, state: &State| {
+            for row in 0..state.rows() {
+                let (t, head) = (of.start - tokens.start + row / group, head * group + row % group);
+                state.finish(row, &mut out[(t * heads + head) * d..][..d]);
+            }
+        };
+        if shares.is_none() {
+            works.iter().for_each(|work| finish(work.task.heads.start, &work.task.tokens, &work.states[0]));
+            return Ok(());
+        }
+        // In the order of pieces, whoever had them.
+        places.resize(pieces.len(), (0, 0));
+        for (w, work) in works.iter().enumerate() {
+            let mut states = 0;
+            for &piece in &work.pieces {
+                places[piece] = (w, states);
+                states += pieces[piece].heads.len();
             }
         }
+        merged.resize_with(self.shape.kv_heads, State::default);
+        merged.iter_mut().for_each(|state| state.reset(tokens.len() * group, d));
+        for (piece, &(w, first)) in pieces.iter().zip(&*places) {
+            for (head, state) in piece.heads.clone().zip(&works[w].states[first..]) {
+                merged[head].merge(state);
+            }
+        }
+        merged.iter().enumerate().for_each(|(head, state)| finish(head, &tokens, state));
         Ok(())
     }
 }
@@ -376,10 +290,10 @@ pub(crate) fn quantized(
     queries: &Queries<'_>,
     tokens: Range<usize>,
     position: usize,
-    works: &mut Vec<Work>,
+    room: &mut Room,
     out: &mut [f32],
 ) -> Result<(), CacheError> {
-    history.run(queries, tokens, position, works, out, |_| Ok(()))
+    history.run(queries, tokens, position, room, out, |_, _, _, _| Ok(()))
 }
 
 /// All queries of the call, the first at `position`, against the stored history and their own exact tokens,
@@ -390,31 +304,29 @@ pub(crate) fn exact(
     rotations: &[Rotation],
     queries: &Queries<'_>,
     position: usize,
-    works: &mut Vec<Work>,
+    room: &mut Room,
     out: &mut [f32],
 ) -> Result<(), CacheError> {
     let cx = history.layer.context(0);
-    history.run(queries, 0..queries.tokens, position, works, out, |Work { task, states, edge, .. }| {
-        for (head, state) in task.heads.clone().zip(states) {
-            let of = cx.head(head)?;
-            for (b, block) in own.iter().enumerate() {
-                let first = b * BLOCK_TOKENS;
-                if first >= task.tokens.end {
-                    break;
-                }
-                // Rows before this block see none of it: leave them out, so that the count of visible tokens of
-                // the first row is right.
-                let from = first.max(task.tokens.start);
-                let row = (from - task.tokens.start) * queries.group;
-                let asking = Asking { head, tokens: from..task.tokens.end, position: position + from, row };
-                let place = Place {
-                    sides: block.views(&of, &mut None)?,
-                    first: position + first,
-                    len: block.len(cx.channels),
-                    origin: history.origins.map(|_| &rotations[b]),
-                };
-                history.fold(queries, &asking, place, state, edge)?;
+    history.run(queries, 0..queries.tokens, position, room, out, |head, tokens, state, edge| {
+        let of = cx.head(head)?;
+        for (b, block) in own.iter().enumerate() {
+            let first = b * BLOCK_TOKENS;
+            if first >= tokens.end {
+                break;
             }
+            // Rows before this block see none of it: leave them out, so that the count of visible tokens of
+            // the first row is right.
+            let from = first.max(tokens.start);
+            let row = (from - tokens.start) * queries.group;
+            let asking = Asking { head, tokens: from..tokens.end, position: position + from, row };
+            let place = Place {
+                sides: block.views(&of, &mut None)?,
+                first: position + first,
+                len: block.len(cx.channels),
+                origin: history.origins.map(|_| &rotations[b]),
+            };
+            history.fold(queries, &asking, place, state, edge)?;
         }
         Ok(())
     })

@@ -1,5 +1,6 @@
 //! One layer's history: sink rows, then blocks.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvquant_quant::TokenCodes;
@@ -163,7 +164,7 @@ impl Layer {
         }
     }
 
-    /// What is needed to read block `b` of those that are kept, and those behind it up to [`next_tables`](Layer::next_tables).
+    /// What is needed to read block `b` of those that are kept, and the others of its [`same_tables`](Layer::same_tables).
     pub fn context(&self, b: usize) -> Context<'_> {
         let own = self.online.as_ref().and_then(|o| o.of(self.dropped + b));
         Context {
@@ -173,10 +174,10 @@ impl Layer {
         }
     }
 
-    /// The first block behind `b` that other tables decode.
-    pub fn next_tables(&self, b: usize) -> usize {
-        let end = self.online.as_ref().map_or(usize::MAX, |o| o.end_of_epoch(self.dropped + b));
-        end.saturating_sub(self.dropped)
+    /// The blocks around `b` that the same tables decode.
+    pub fn same_tables(&self, b: usize) -> Range<usize> {
+        let of_epoch = self.online.as_ref().map_or(0..usize::MAX, |o| o.epoch_of(self.dropped + b));
+        of_epoch.start.saturating_sub(self.dropped)..of_epoch.end.saturating_sub(self.dropped)
     }
 
     /// Whether blocks can't be read without what this very layer learned.
@@ -295,7 +296,7 @@ impl Layer {
     }
 
     /// Blocks to [`repeat`](Layer::repeat): finished, and of the tables that those behind them would have.
-    fn repeatable(&self) -> std::ops::Range<usize> {
+    fn repeatable(&self) -> Range<usize> {
         let first = self.online.as_ref().map_or(0, Online::last_epoch);
         first.saturating_sub(self.dropped)..self.finished()
     }

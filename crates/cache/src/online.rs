@@ -3,6 +3,7 @@
 //! A block is quantized when it is whole, with thresholds that know its own tokens too. Neighbouring blocks share their
 //! tables: an epoch is a run of blocks of one set, and ends when the thresholds have moved away from those that it began with.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvquant_quant::{CodedSpec, LayerFit, Rule, RunningRanges, Scope, Side, SideFit, SideQuantizer, universal};
@@ -121,9 +122,12 @@ impl Online {
         Some(&self.epochs.get(after.saturating_sub(1))?.quantizers)
     }
 
-    /// The first block after `block` with other tables.
-    pub fn end_of_epoch(&self, block: usize) -> usize {
-        self.epochs.iter().map(|e| e.first).find(|first| *first > block).unwrap_or(usize::MAX)
+    /// The blocks around `block` that have its tables.
+    pub fn epoch_of(&self, block: usize) -> Range<usize> {
+        let after = self.epochs.partition_point(|e| e.first <= block);
+        // Blocks before the first epoch are read as it says.
+        let first = if after > 1 { self.epochs[after - 1].first } else { 0 };
+        first..self.epochs.get(after.max(1)).map_or(usize::MAX, |e| e.first)
     }
 
     /// The first block of the last epoch.

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use crate::attend::Work;
+use crate::attend::Room;
 
 /// Buffers of one call.
 #[derive(Debug, Default)]
@@ -20,8 +20,7 @@ pub(crate) struct Attention {
     /// Keys that are kept turned.
     pub turned: Vec<f32>,
     pub queries: Vec<f32>,
-    /// Pieces of work, those of earlier calls among them.
-    pub works: Vec<Work>,
+    pub room: Room,
 }
 
 thread_local! {

@@ -273,9 +273,9 @@ impl Cache {
         v: &[f32],
         prefill: Prefill,
         out: &mut [f32],
-        room: &mut Attention,
+        attention: &mut Attention,
     ) -> Result<(), CacheError> {
-        let Attention { turned, queries, works } = room;
+        let Attention { turned, queries, room } = attention;
         let (c, wide) = (self.shape.channels(), self.shape.heads * self.shape.head_dim);
         let n = k.len() / c;
         if n == 0 {
@@ -301,7 +301,7 @@ impl Cache {
             let own = own.map_err(|(position, e)| failed(position)(e))?;
             let rope = turns.rope.clone();
             let rotations: Vec<_> = (0..own.len()).map(|b| rope.rotation(start + b * BLOCK_TOKENS)).collect();
-            attend::exact(&self.history(layer), &own, &rotations, &queries, start, works, out)?;
+            attend::exact(&self.history(layer), &own, &rotations, &queries, start, room, out)?;
             let stored = self.layers[layer].store(k, v, start);
             return stored.map_err(|(position, e)| failed(position)(e));
         }
@@ -319,7 +319,7 @@ impl Cache {
                 &queries,
                 rows.clone(),
                 at,
-                works,
+                room,
                 &mut out[rows.start * wide..rows.end * wide],
             )?;
             at = run;

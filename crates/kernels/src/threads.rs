@@ -9,6 +9,8 @@
 //! row 1   tasks 4 5 6 7   <- thread 1                 taken by compare-and-swap of both
 //! ```
 
+mod shares;
+
 use std::any::Any;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -18,6 +20,8 @@ use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
+
+pub use shares::Shares;
 
 /// How long a thread looks for the next region before it sleeps: longer than what lies between two tokens.
 const AWAKE: Duration = Duration::from_micros(500);
@@ -143,7 +147,7 @@ unsafe fn call<F: Fn(usize)>(data: *const (), task: usize) {
 }
 
 /// One to a cache line or two, whatever the CPU fetches at once.
-#[derive(Default)]
+#[derive(Debug, Default)]
 #[repr(align(128))]
 struct Line<T>(T);
 
