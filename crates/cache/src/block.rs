@@ -5,7 +5,7 @@ use std::sync::Arc;
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use kvquant_kernels::attend::{Kernels, SideView, ViewError};
-use kvquant_kernels::memory::prefer_large_pages;
+use kvquant_kernels::memory::SharedWords;
 use kvquant_kernels::threads;
 use kvquant_quant::pack::BLOCK_TOKENS;
 use kvquant_quant::{QuantError, Side, fits_half};
@@ -22,7 +22,7 @@ pub(crate) struct Rows {
 
 /// A full block in fp16, channel by channel, so that tokens lie along a vector: keys `[kv_heads, head_dim, 64]`, then values.
 #[derive(Debug, Clone)]
-pub(crate) struct Tile(Arc<[u16]>);
+pub(crate) struct Tile(SharedWords);
 
 /// A block. What it holds is reference counted: a clone shares it, and one that is written to is copied first if others hold it.
 /// Where it lies is said by the layer's list itself: nothing else has to be read, from where no CPU looks ahead, to find it.
@@ -40,6 +40,9 @@ pub(crate) enum Block {
 
 // A block's place is part of the bits that are reported.
 const _: () = assert!(size_of::<Block>() <= 24);
+
+/// Bytes of the counts of who holds a block.
+pub(crate) const COUNTS: usize = 2 * size_of::<usize>();
 
 /// What keeps a token from being stored, by side.
 pub(crate) type TokenError = (Side, QuantError);
@@ -113,8 +116,6 @@ impl Rows {
 
     /// The full block channel by channel.
     pub fn tile(&self, channels: usize) -> Tile {
-        let mut data: Arc<[u16]> = std::iter::repeat_n(0, self.k.len() + self.v.len()).collect();
-        let (k, v) = Arc::get_mut(&mut data).expect("nobody else has it yet").split_at_mut(self.k.len());
         let turn = |rows: &[u16], tile: &mut [u16]| {
             // 32 channels at a time, so that a line of either side is in L1 until it is done.
             for first in (0..channels).step_by(32) {
@@ -125,22 +126,34 @@ impl Rows {
                 }
             }
         };
-        turn(&self.k, k);
-        turn(&self.v, v);
-        prefer_large_pages(&data);
-        Tile(data)
+        Tile::filled(self.k.len(), |k, v| {
+            turn(&self.k, k);
+            turn(&self.v, v);
+        })
     }
 }
 
 impl Tile {
+    /// A tile whose sides, `[kv_heads, head_dim, 64]` of `len` entries, are written by `fill`.
+    fn filled(len: usize, fill: impl FnOnce(&mut [u16], &mut [u16])) -> Self {
+        Tile(SharedWords::new(len, |words| {
+            let (k, v) = bytemuck::cast_slice_mut(words).split_at_mut(len);
+            fill(k, v);
+        }))
+    }
+
     /// Keys and values as stored.
     pub fn halves(&self) -> (&[u16], &[u16]) {
-        self.0.split_at(self.0.len() / 2)
+        let all: &[u16] = bytemuck::cast_slice(&self.0);
+        all.split_at(all.len() / 2)
     }
 
     /// A tile of keys and values, each `[kv_heads, head_dim, 64]`.
     pub fn from_halves(k: &[u16], v: &[u16]) -> Self {
-        Tile(k.iter().chain(v).copied().collect())
+        Tile::filled(k.len(), |to_k, to_v| {
+            to_k.copy_from_slice(k);
+            to_v.copy_from_slice(v);
+        })
     }
 
     fn rows(&self, channels: usize) -> Rows {
@@ -232,7 +245,7 @@ impl Block {
     pub fn holders(&self) -> usize {
         match self {
             Block::Rows(rows) => Arc::strong_count(rows),
-            Block::Tile(Tile(data)) => Arc::strong_count(data),
+            Block::Tile(Tile(data)) => data.holders(),
             Block::Open(open) => Arc::strong_count(open),
             Block::Coded(coded) => coded.holders(),
         }
@@ -241,10 +254,9 @@ impl Block {
     /// A copy of a final block that shares nothing.
     pub fn copied(&self) -> Self {
         match self {
-            Block::Tile(Tile(data)) => {
-                let data: Arc<[u16]> = (&**data).into();
-                prefer_large_pages(&data);
-                Block::Tile(Tile(data))
+            Block::Tile(tile) => {
+                let (k, v) = tile.halves();
+                Block::Tile(Tile::from_halves(k, v))
             }
             Block::Coded(coded) => Block::Coded(coded.copied()),
             Block::Rows(rows) => Block::Rows(Arc::new(Rows::clone(rows))),
@@ -329,11 +341,11 @@ impl Block {
     }
 
     pub fn bytes(&self, cx: &Context<'_>) -> Bytes {
-        let exact = |n| Bytes { exact: n, ..Bytes::default() };
+        let exact = |exact, index| Bytes { exact, index, ..Bytes::default() };
         match self {
-            Block::Rows(r) => exact(r.bytes() + size_of::<Rows>()),
-            Block::Tile(Tile(data)) => exact(2 * data.len()),
-            Block::Open(open) => open.bytes(cx.layout()),
+            Block::Rows(r) => exact(r.bytes() + size_of::<Rows>(), COUNTS),
+            Block::Tile(Tile(data)) => exact(size_of_val(&**data), data.bytes() - size_of_val(&**data)),
+            Block::Open(open) => Bytes { index: COUNTS, ..open.bytes(cx.layout()) },
             Block::Coded(c) => c.bytes(cx.layout()),
         }
     }

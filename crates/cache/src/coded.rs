@@ -3,10 +3,9 @@
 mod open;
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use kvquant_kernels::attend::{CodedView, HeadLut, SideView, TokenScales, ViewError};
-use kvquant_kernels::memory::prefer_large_pages;
+use kvquant_kernels::memory::SharedWords;
 use kvquant_quant::SideQuantizer;
 use kvquant_quant::pack::{BLOCK_TOKENS, OUTLIER_BYTES, UNIT_CHANNELS, sum_of, unit_bytes};
 
@@ -275,18 +274,16 @@ impl<'a> Parts<'a> {
 /// 64 tokens of keys and values as codes, which no longer change: [`Parts`] in one piece, filled up to a word. One that is shared
 /// is cloned without its data.
 #[derive(Debug, Clone)]
-pub(crate) struct CodedBlock(Arc<[u32]>);
+pub(crate) struct CodedBlock(SharedWords);
 
 impl CodedBlock {
     fn of(fixed: &[u32], outliers: &[u8]) -> Self {
-        let word = |some: &[u8]| {
-            let mut bytes = [0; 4];
-            bytes[..some.len()].copy_from_slice(some);
-            u32::from_ne_bytes(bytes)
-        };
-        let data: Arc<[u32]> = fixed.iter().copied().chain(outliers.chunks(4).map(word)).collect();
-        prefer_large_pages(&data);
-        CodedBlock(data)
+        let words = SharedWords::new(fixed.len() + outliers.len().div_ceil(4), |to| {
+            let (to_fixed, to_outliers) = to.split_at_mut(fixed.len());
+            to_fixed.copy_from_slice(fixed);
+            bytemuck::cast_slice_mut(to_outliers)[..outliers.len()].copy_from_slice(outliers);
+        });
+        CodedBlock(words)
     }
 
     fn split(&self, words: usize) -> Parts<'_> {
@@ -321,17 +318,16 @@ impl CodedBlock {
 
     /// A copy that shares nothing.
     pub fn copied(&self) -> Self {
-        let data: Arc<[u32]> = (&*self.0).into();
-        prefer_large_pages(&data);
-        CodedBlock(data)
+        CodedBlock(SharedWords::new(self.0.len(), |to| to.copy_from_slice(&self.0)))
     }
 
     /// How many hold its data.
     pub fn holders(&self) -> usize {
-        Arc::strong_count(&self.0)
+        self.0.holders()
     }
 
     pub fn bytes(&self, layout: &Layout) -> Bytes {
-        layout.bytes(4 * self.0.len())
+        let words = size_of_val(&*self.0);
+        Bytes { index: self.0.bytes() - words, ..layout.bytes(words) }
     }
 }

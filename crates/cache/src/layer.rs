@@ -6,15 +6,13 @@ use std::sync::Arc;
 use kvquant_quant::TokenCodes;
 use kvquant_quant::pack::BLOCK_TOKENS;
 
-use crate::block::{Block, Context, Rows, TokenError, by_block};
+use crate::block::{Block, COUNTS, Context, Rows, TokenError, by_block};
 use crate::bytes::Bytes;
 use crate::coded::{CodedBlock, Layout, OpenBlock, Quantizers};
 use crate::online::{FIRST_BLOCKS, Online};
 
 /// How many blocks the list of a layer grows by, so that its spare room stays small.
 const GROW_BLOCKS: usize = 16;
-/// Bytes of the counts of who holds a block.
-const COUNTS: usize = 2 * size_of::<usize>();
 
 /// Codes and layouts of a layer of a quantized cache.
 #[derive(Debug)]
@@ -292,7 +290,7 @@ impl Layer {
     pub fn finished_bytes(&self) -> (usize, usize) {
         let n = self.finished();
         let data: usize = self.blocks[..n].iter().map(|b| b.bytes(&self.context(0)).total()).sum();
-        (data + n * (size_of::<Block>() + COUNTS), n * BLOCK_TOKENS)
+        (data + n * size_of::<Block>(), n * BLOCK_TOKENS)
     }
 
     /// Blocks to [`repeat`](Layer::repeat): finished, and of the tables that those behind them would have.
@@ -383,7 +381,7 @@ impl Layer {
         for block in &self.blocks {
             all += block.bytes(&self.context(0));
         }
-        all.index += self.blocks.capacity() * size_of::<Block>() + self.blocks.len() * COUNTS;
+        all.index += self.blocks.capacity() * size_of::<Block>();
         all.index += self.online.as_ref().map_or(0, Online::bytes);
         all
     }

@@ -27,7 +27,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// A server allocates and frees blocks for days: this allocator gives back what is free.
+/// A server allocates and frees for days: this allocator gives back what is free, as the cache's own memory for blocks does.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
