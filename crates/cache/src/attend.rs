@@ -113,25 +113,23 @@ struct Task {
     tokens: Range<usize>,
 }
 
-/// What a thread takes at a time: some KV heads of a run of the layer's parts (part 0 is the sinks).
+/// What a thread takes at a time: some KV heads of a run of the layer's parts (part 0 is the sinks), and what comes of it.
 ///
 /// A block is read front to back where one piece has all its heads: the memory sees what comes next, and where a head's
 /// outliers begin is where those of the head before end.
-#[derive(Debug, Clone)]
+#[derive(Debug, Default)]
 struct Piece {
     heads: Range<usize>,
     parts: Range<usize>,
+    /// One a head; more is room.
+    states: Vec<State>,
 }
 
-/// A task and what comes of it.
+/// A task and what it works in.
 #[derive(Debug, Default)]
 struct Work {
     task: Task,
-    /// Numbers of the pieces that it had.
-    pieces: Vec<usize>,
-    /// One for each head of each of them; more is room.
-    states: Vec<State>,
-    /// One a head of the task; more is room.
+    /// One a head; more is room.
     rows: Vec<RowsRoom>,
     edge: EdgeRoom,
 }
@@ -140,11 +138,24 @@ struct Work {
 #[derive(Debug, Default)]
 pub(crate) struct Room {
     works: Vec<Work>,
+    /// The first `count` of them; the others are room.
     pieces: Vec<Piece>,
-    /// Whose work has a piece's states, and from where on.
-    places: Vec<(usize, usize)>,
+    count: usize,
+    /// Which pieces which thread begins with.
+    rows: threads::Rows,
     /// One a KV head.
     merged: Vec<State>,
+}
+
+impl Room {
+    fn add_piece(&mut self, heads: Range<usize>, parts: Range<usize>) {
+        if self.count == self.pieces.len() {
+            self.pieces.push(Piece::default());
+        }
+        let states = std::mem::take(&mut self.pieces[self.count].states);
+        self.pieces[self.count] = Piece { heads, parts, states };
+        self.count += 1;
+    }
 }
 
 /// Query rows of a KV head: those of the call's tokens `tokens`, the first at `position`, from row `row` of a state on.
@@ -231,55 +242,53 @@ impl History<'_> {
         own: impl Fn(usize, &Range<usize>, &mut State, &mut EdgeRoom) -> Result<(), ViewError> + Sync,
     ) -> Result<(), CacheError> {
         let (d, group, heads) = (self.shape.head_dim, queries.group, self.shape.heads);
-        let (tasks, shares) = self.plan(tokens.clone(), room);
-        let Room { works, pieces, places, merged } = room;
-        let works = &mut works[..tasks];
-        let run = |i: usize, work: &mut Work| {
-            let position = position + work.task.tokens.start - tokens.start;
-            // Without shares a task has the piece of its head.
-            let mut all = Some(work.task.heads.start);
-            let next = || shares.as_ref().map_or_else(|| all.take(), |shares| shares.take(i));
-            self.attend(queries, work, position, pieces, next, &own)
-        };
-        if tasks == 1 || !self.is_worth_threads(&tokens) {
-            works.iter_mut().enumerate().try_for_each(|(i, work)| run(i, work))?;
-        } else {
-            let failed = OnceLock::new();
-            threads::for_each_mut(works, |i, work| {
-                if let Err(e) = run(i, work) {
-                    // The first is enough.
-                    let _ = failed.set(e);
-                }
-            });
-            failed.into_inner().map_or(Ok(()), Err)?;
-        }
+        let (tasks, shared) = self.plan(tokens.clone(), room);
+        let Room { works, pieces, count, rows, merged } = room;
+        let (works, pieces) = (&mut works[..tasks], &mut pieces[..*count]);
         let mut finish = |head: usize, of: &Range<usize>, state: &State| {
             for row in 0..state.rows() {
                 let (t, head) = (of.start - tokens.start + row / group, head * group + row % group);
                 state.finish(row, &mut out[(t * heads + head) * d..][..d]);
             }
         };
-        if shares.is_none() {
-            works.iter().for_each(|work| finish(work.task.heads.start, &work.task.tokens, &work.states[0]));
+        let failed = OnceLock::new();
+        let keep = |result| {
+            if let Err(e) = result {
+                // The first is enough.
+                let _ = failed.set(e);
+            }
+        };
+        if shared {
+            let shares = rows.share(pieces);
+            threads::for_each_mut(works, |i, work| {
+                keep(self.attend(queries, work, position, || shares.take(i), &own));
+            });
+            failed.into_inner().map_or(Ok(()), Err)?;
+            merged.resize_with(self.shape.kv_heads, State::default);
+            merged.iter_mut().for_each(|state| state.reset(tokens.len() * group, d));
+            // In the order of pieces, whoever had them.
+            for piece in &*pieces {
+                for (head, state) in piece.heads.clone().zip(&piece.states) {
+                    merged[head].merge(state);
+                }
+            }
+            merged.iter().enumerate().for_each(|(head, state)| finish(head, &tokens, state));
             return Ok(());
         }
-        // In the order of pieces, whoever had them.
-        places.resize(pieces.len(), (0, 0));
-        for (w, work) in works.iter().enumerate() {
-            let mut states = 0;
-            for &piece in &work.pieces {
-                places[piece] = (w, states);
-                states += pieces[piece].heads.len();
-            }
+        let run = |work: &mut Work, piece: &mut Piece| {
+            let position = position + work.task.tokens.start - tokens.start;
+            let mut all = Some(piece);
+            keep(self.attend(queries, work, position, || all.take(), &own));
+        };
+        if self.is_worth_threads(&tokens) {
+            threads::pieces_of_two_mut((works, 1), (pieces, 1), |_, work, piece| run(&mut work[0], &mut piece[0]));
+        } else {
+            works.iter_mut().zip(&mut *pieces).for_each(|(work, piece)| run(work, piece));
         }
-        merged.resize_with(self.shape.kv_heads, State::default);
-        merged.iter_mut().for_each(|state| state.reset(tokens.len() * group, d));
-        for (piece, &(w, first)) in pieces.iter().zip(&*places) {
-            for (head, state) in piece.heads.clone().zip(&works[w].states[first..]) {
-                merged[head].merge(state);
-            }
+        failed.into_inner().map_or(Ok(()), Err)?;
+        for (Work { task, .. }, piece) in works.iter().zip(&*pieces) {
+            finish(task.heads.start, &task.tokens, &piece.states[0]);
         }
-        merged.iter().enumerate().for_each(|(head, state)| finish(head, &tokens, state));
         Ok(())
     }
 }

@@ -6,10 +6,10 @@
 use std::ops::Range;
 
 use kvquant_kernels::attend::BLOCKS;
-use kvquant_kernels::threads::{self, Shares};
+use kvquant_kernels::threads;
 use kvquant_quant::pack::BLOCK_TOKENS;
 
-use super::{History, Piece, Room, Task, Work};
+use super::{History, Room, Task, Work};
 
 /// Blocks times KV heads below which threads cost more than they bring.
 const SPLIT_FROM: usize = 12;
@@ -24,22 +24,24 @@ impl History<'_> {
         tokens.len() > BLOCK_TOKENS || self.shape.kv_heads * (self.layer.blocks().len() + 1) >= SPLIT_FROM
     }
 
-    /// Puts tasks at the front of a room's works, and returns how many, and who has which of the room's pieces: for a few tokens a
-    /// task a thread; else tasks with rows of one head, which have all parts each.
-    pub(super) fn plan(&self, tokens: Range<usize>, room: &mut Room) -> (usize, Option<Shares>) {
+    /// Puts tasks and pieces at the front of a room's; returns how many tasks, and whether they share the pieces: for a few tokens a
+    /// task a thread, and pieces in rows; else tasks with rows of one head, which have a piece with all parts each.
+    pub(super) fn plan(&self, tokens: Range<usize>, room: &mut Room) -> (usize, bool) {
         let (kv_heads, parts) = (self.shape.kv_heads, self.layer.blocks().len() + 1);
         let threads = if self.is_worth_threads(&tokens) { threads::count() } else { 1 };
         let mut tasks = 0;
-        let mut add = |heads, tokens| {
+        let mut add = |room: &mut Room, heads, tokens| {
             if tasks == room.works.len() {
                 room.works.push(Work::default());
             }
             room.works[tasks].task = Task { heads, tokens };
             tasks += 1;
         };
+        room.count = 0;
         if tokens.len() < SPLIT_ROWS {
-            (0..threads).for_each(|_| add(0..kv_heads, tokens.clone()));
-            return (tasks, Some(shrinking(parts, kv_heads, threads, &mut room.pieces)));
+            (0..threads).for_each(|_| add(room, 0..kv_heads, tokens.clone()));
+            shrinking(parts, kv_heads, threads, room);
+            return (tasks, true);
         }
         let pieces = (4 * threads).div_ceil(kv_heads);
         let rows_each = match tokens.len() {
@@ -52,48 +54,52 @@ impl History<'_> {
         };
         for head in 0..kv_heads {
             for first in tokens.clone().step_by(rows_each) {
-                add(head..head + 1, first..(first + rows_each).min(tokens.end));
+                add(room, head..head + 1, first..(first + rows_each).min(tokens.end));
+                room.add_piece(head..head + 1, 0..parts);
             }
         }
-        room.pieces.clear();
-        room.pieces.extend((0..kv_heads).map(|head| Piece { heads: head..head + 1, parts: 0..parts }));
-        (tasks, None)
+        (tasks, false)
     }
 }
 
 /// Pieces for each of some threads, in the order of parts: first most of what is the thread's, then most of what is left, at last a
 /// few heads of a single call to the kernels. So no thread waits long for another, however unequal they are, and pieces, each
 /// of which has states to merge, are few.
-fn shrinking(parts: usize, kv_heads: usize, threads: usize, pieces: &mut Vec<Piece>) -> Shares {
+fn shrinking(parts: usize, kv_heads: usize, threads: usize, room: &mut Room) {
     let calls = parts.div_ceil(BLOCKS);
-    pieces.clear();
-    Shares::new((0..threads).map(|thread| {
-        let before = pieces.len();
+    let mut rows = std::mem::take(&mut room.rows);
+    rows.set((0..threads).map(|thread| {
         let (mut first, end) = (thread * calls / threads, (thread + 1) * calls / threads);
         while first < end {
             let n = if threads == 1 { end } else { (2 * (end - first) / 3).max(1) };
             let heads_each = if n > 1 { kv_heads } else { kv_heads.div_ceil(LAST) };
             for head in (0..kv_heads).step_by(heads_each) {
                 let heads = head..(head + heads_each).min(kv_heads);
-                pieces.push(Piece { heads, parts: first * BLOCKS..((first + n) * BLOCKS).min(parts) });
+                room.add_piece(heads, first * BLOCKS..((first + n) * BLOCKS).min(parts));
             }
             first += n;
         }
-        before..pieces.len()
-    }))
+        room.count
+    }));
+    room.rows = rows;
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::Piece;
     use super::*;
 
     #[test]
     fn pieces_cover_a_history_in_whole_calls() {
         for (parts, kv_heads, threads) in [(1, 1, 1), (2, 3, 2), (5, 2, 2), (63, 8, 2), (513, 3, 2), (513, 32, 7)] {
-            let mut pieces = Vec::new();
-            let shares = shrinking(parts, kv_heads, threads, &mut pieces);
+            let mut room = Room::default();
+            // What is left of a greater plan is not part of the next.
+            shrinking(2 * parts, kv_heads, threads, &mut room);
+            room.count = 0;
+            shrinking(parts, kv_heads, threads, &mut room);
+            let pieces = &mut room.pieces[..room.count];
             let mut seen = vec![0; kv_heads];
-            for Piece { heads, parts } in &pieces {
+            for Piece { heads, parts, .. } in &*pieces {
                 assert!(parts.start < parts.end && parts.start.is_multiple_of(BLOCKS));
                 for head in heads.clone() {
                     assert_eq!(parts.start, std::mem::replace(&mut seen[head], parts.end), "{kv_heads} {threads}");
@@ -101,7 +107,8 @@ mod tests {
             }
             assert!(seen.iter().all(|end| *end == parts));
             assert!(pieces.len() <= threads * (parts.ilog2() as usize + 2 * LAST));
-            assert_eq!(std::iter::from_fn(|| shares.take(threads - 1)).count(), pieces.len());
+            let (n, shares) = (pieces.len(), room.rows.share(pieces));
+            assert_eq!(std::iter::from_fn(|| shares.take(threads - 1)).count(), n);
         }
     }
 }

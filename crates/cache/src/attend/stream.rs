@@ -19,92 +19,79 @@ const HEADS: usize = 8;
 /// Something of each head.
 type ByHead<T> = SmallVec<[T; HEADS]>;
 
+/// Pieces of a thread that need no memory of their own.
+const PIECES: usize = 24;
+
 /// As much of a piece as the kernels take at once.
 #[derive(Debug)]
 struct Call {
+    /// Which of the thread's pieces, and whether this is the first of it.
+    piece: usize,
+    begins: bool,
     heads: Range<usize>,
     parts: Range<usize>,
-    /// Where the states of the piece are in the task's, and whether they are those of earlier ones still.
-    states: Range<usize>,
-    begins: bool,
 }
 
-/// The calls of the pieces whose numbers come `next`.
+/// The pieces that come `next`, call by call.
 struct Calls<'a, N> {
     next: N,
-    pieces: &'a [Piece],
-    /// Numbers of those that came.
-    taken: &'a mut Vec<usize>,
+    taken: SmallVec<[&'a mut Piece; PIECES]>,
     /// What is left of the last one.
-    heads: Range<usize>,
-    parts: Range<usize>,
-    states: Range<usize>,
+    left: Range<usize>,
 }
 
-impl<N: FnMut() -> Option<usize>> Iterator for Calls<'_, N> {
-    type Item = Call;
-
-    #[inline]
+impl<'a, N: FnMut() -> Option<&'a mut Piece>> Calls<'a, N> {
     fn next(&mut self) -> Option<Call> {
-        let begins = self.parts.is_empty();
+        let begins = self.left.is_empty();
         if begins {
-            let number = (self.next)()?;
-            self.taken.push(number);
-            let Piece { heads, parts } = self.pieces[number].clone();
-            self.states = self.states.end..self.states.end + heads.len();
-            (self.heads, self.parts) = (heads, parts);
+            let piece = (self.next)()?;
+            self.left = piece.parts.clone();
+            self.taken.push(piece);
         }
-        let parts = self.parts.start..(self.parts.start + BLOCKS).min(self.parts.end);
-        self.parts.start = parts.end;
-        Some(Call { heads: self.heads.clone(), parts, states: self.states.clone(), begins })
+        let parts = self.left.start..(self.left.start + BLOCKS).min(self.left.end);
+        self.left.start = parts.end;
+        let piece = self.taken.len() - 1;
+        Some(Call { piece, begins, heads: self.taken[piece].heads.clone(), parts })
     }
 }
 
 impl History<'_> {
-    /// Attends with a task's rows, the first at `position`, to the pieces whose numbers come `next`, and with each head of which
-    /// the first part was among them to its `own`.
-    pub(super) fn attend(
+    /// Attends with a task's rows, the first at `position`, to the pieces that come `next`, and with each head of which the first
+    /// part was among them to its `own`.
+    pub(super) fn attend<'p>(
         &self,
         queries: &Queries<'_>,
         work: &mut Work,
         position: usize,
-        pieces: &[Piece],
-        next: impl FnMut() -> Option<usize>,
+        next: impl FnMut() -> Option<&'p mut Piece>,
         own: impl Fn(usize, &Range<usize>, &mut State, &mut EdgeRoom) -> Result<(), ViewError>,
     ) -> Result<(), ViewError> {
-        let mut taken = std::mem::take(&mut work.pieces);
-        taken.clear();
         if work.rows.len() < work.task.heads.len() {
             work.rows.resize_with(work.task.heads.len(), RowsRoom::default);
         }
-        let mut calls = Calls { next, pieces, taken: &mut taken, heads: 0..0, parts: 0..0, states: 0..0 };
+        let mut calls = Calls { next, taken: SmallVec::new(), left: 0..0 };
         let mut first = calls.next();
         while let Some(call) = first {
             first = self.attend_run(queries, work, position, call, &mut calls)?;
         }
-        let mut states = work.states.iter_mut();
-        for &piece in &taken {
-            let Piece { heads, parts } = &pieces[piece];
-            for (head, state) in heads.clone().zip(&mut states) {
-                if parts.start == 0 {
-                    own(head, &work.task.tokens, state, &mut work.edge)?;
-                }
+        for piece in calls.taken.into_iter().filter(|piece| piece.parts.start == 0) {
+            for (head, state) in piece.heads.clone().zip(&mut piece.states) {
+                own(head, &work.task.tokens, state, &mut work.edge)?;
             }
         }
-        work.pieces = taken;
         Ok(())
     }
 
-    /// Makes a call and those that come `next`, while the same tables decode their blocks; returns the first with others.
-    fn attend_run(
+    /// Makes a call and those that follow, while the same tables decode their blocks; returns the first with others.
+    fn attend_run<'p>(
         &self,
         queries: &Queries<'_>,
         work: &mut Work,
         position: usize,
         first: Call,
-        next: &mut impl Iterator<Item = Call>,
+        calls: &mut Calls<'p, impl FnMut() -> Option<&'p mut Piece>>,
     ) -> Result<Option<Call>, ViewError> {
-        let Work { task, states, rows: rooms, edge, .. } = work;
+        let Work { task, rows: rooms, edge } = work;
         let blocks = self.layer.blocks();
         let block_of = |part: usize| part.saturating_sub(1);
         let same_tables = self.layer.same_tables(block_of(first.parts.start));
@@ -128,18 +115,17 @@ impl History<'_> {
         // the other, are attended to.
         let mut lists = ByHead::<[Views<'_>; 2]>::new();
         lists.resize_with(task.heads.len(), Default::default);
-        let (mut waiting, mut of_waiting, mut now) = (0..0, 0..0, 0);
+        let (mut waiting, mut of_waiting, mut now) = (0..0, first.piece, 0);
         let mut call = Some(first);
-        while let Some(Call { heads, parts, states: of_call, begins }) = call.take() {
+        while let Some(Call { piece, begins, heads, parts }) = call.take() {
             if !same_tables.contains(&block_of(parts.start)) {
-                call = Some(Call { heads, parts, states: of_call, begins });
+                call = Some(Call { piece, begins, heads, parts });
                 break;
             }
             if begins {
-                if states.len() < of_call.end {
-                    states.resize_with(of_call.end, State::default);
-                }
-                states[of_call.clone()].iter_mut().for_each(|state| state.reset(n * group, queries.head_dim));
+                let states = &mut calls.taken[piece].states;
+                states.resize_with(heads.len().max(states.len()), State::default);
+                states[..heads.len()].iter_mut().for_each(|state| state.reset(n * group, queries.head_dim));
             }
             let places = heads.start - task.heads.start..heads.end - task.heads.start;
             for (of, head) in of_heads[places.clone()].iter().zip(heads.clone()) {
@@ -181,20 +167,20 @@ impl History<'_> {
                     } else {
                         let asking = Asking { head: heads.start + i, tokens: task.tokens.clone(), position, row: 0 };
                         let place = Place { sides, first, len, origin };
-                        self.fold(queries, &asking, place, &mut states[of_call.start + i], edge)?;
+                        self.fold(queries, &asking, place, &mut calls.taken[piece].states[i], edge)?;
                     }
                 }
             }
-            self.attend_lists(&mut prepared[waiting], &lists, now, &mut states[of_waiting]);
+            self.attend_lists(&mut prepared[waiting], &lists, now, &mut calls.taken[of_waiting].states);
             lists.iter_mut().for_each(|lists| lists[now].clear());
-            (waiting, of_waiting, now) = (places, of_call.clone(), 1 - now);
+            (waiting, of_waiting, now) = (places, piece, 1 - now);
             call = if end < parts.end {
-                Some(Call { heads, parts: end..parts.end, states: of_call, begins: false })
+                Some(Call { piece, begins: false, heads, parts: end..parts.end })
             } else {
-                next.next()
+                calls.next()
             };
         }
-        self.attend_lists(&mut prepared[waiting], &lists, now, &mut states[of_waiting]);
+        self.attend_lists(&mut prepared[waiting], &lists, now, &mut calls.taken[of_waiting].states);
         Ok(call)
     }
 

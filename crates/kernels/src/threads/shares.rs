@@ -1,14 +1,14 @@
-//! Work in parts that differ in size, of which each thread has a row, for threads that keep something from part to part: a thread
-//! asks for the next part of its own row, then of others'.
+//! Items that differ in size, in rows, one a thread, for threads that keep something from item to item: a thread asks for the next
+//! of its own row, then of others'.
 
-use std::ops::Range;
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Line;
 
-/// Numbers, each of which one thread gets.
-#[derive(Debug)]
-pub struct Shares(Vec<Row>);
+/// The rows: how many of its items each has given. Kept from region to region, so that the next needs no memory.
+#[derive(Debug, Default)]
+pub struct Rows(Vec<Row>);
 
 #[derive(Debug)]
 struct Row {
@@ -16,20 +16,53 @@ struct Row {
     end: usize,
 }
 
-impl Shares {
-    /// Rows of numbers, one a thread.
-    pub fn new(rows: impl IntoIterator<Item = Range<usize>>) -> Shares {
-        Shares(rows.into_iter().map(|r| Row { next: Line(AtomicUsize::new(r.start)), end: r.end }).collect())
+impl Rows {
+    /// Rows that nothing was taken of: each begins where the one before ends.
+    ///
+    /// # Panics
+    /// An end lies before the one before it.
+    pub fn set(&mut self, ends: impl IntoIterator<Item = usize>) {
+        self.0.clear();
+        let mut start = 0;
+        for end in ends {
+            assert!(start <= end, "rows end in order");
+            self.0.push(Row { next: Line(AtomicUsize::new(start)), end });
+            start = end;
+        }
     }
 
-    /// The next number for a thread; none when all are taken.
-    pub fn take(&self, thread: usize) -> Option<usize> {
-        (thread..self.0.len()).chain(0..thread).find_map(|row| {
-            let Row { next, end } = &self.0[row];
-            // Who has looked at a row at its end may look again: no counter gets far beyond it.
+    /// Shares out items that lie in these rows.
+    ///
+    /// # Panics
+    /// There are fewer items than the last row's end.
+    pub fn share<'a, T: Send>(&'a self, items: &'a mut [T]) -> Shares<'a, T> {
+        assert!(self.0.last().is_none_or(|row| row.end <= items.len()), "an item for each number");
+        Shares { rows: &self.0, items: items.as_mut_ptr(), of: PhantomData }
+    }
+}
+
+/// Items of some rows, each of which one thread gets.
+pub struct Shares<'a, T> {
+    rows: &'a [Row],
+    items: *mut T,
+    of: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: an item has one user, and may pass to another thread.
+unsafe impl<T: Send> Sync for Shares<'_, T> {}
+
+impl<'a, T: Send> Shares<'a, T> {
+    /// The next item for a thread; none when all are taken.
+    pub fn take(&self, thread: usize) -> Option<&'a mut T> {
+        let number = (thread..self.rows.len()).chain(0..thread).find_map(|row| {
+            let Row { next, end } = &self.rows[row];
+            // Who finds a row at its end does not look there often: no counter gets far beyond it.
             let taken = next.0.fetch_add(1, Ordering::Relaxed);
             (taken < *end).then_some(taken)
-        })
+        })?;
+        // SAFETY: there are as many items (`Rows::share`), borrowed for 'a; rows do not overlap and their counters only rise, so
+        // that nobody else has this number.
+        Some(unsafe { &mut *self.items.add(number) })
     }
 }
 
@@ -38,27 +71,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_number_is_taken_once() {
+    fn every_item_is_taken_once() {
+        let mut rows = Rows::default();
         for (n, threads) in [(0, 1), (1, 3), (1000, 1), (1001, 2), (5000, 5)] {
-            let shares = Shares::new((0..threads).map(|t| t * n / threads..(t + 1) * n / threads));
-            let taken: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
+            let mut items = vec![0; n];
+            rows.set((1..=threads).map(|t| t * n / threads));
+            let shares = rows.share(&mut items);
             std::thread::scope(|scope| {
                 for thread in 0..threads {
-                    let (shares, taken) = (&shares, &taken);
+                    let shares = &shares;
                     scope.spawn(move || {
-                        while let Some(i) = shares.take(thread) {
-                            taken[i].fetch_add(1, Ordering::Relaxed);
+                        while let Some(item) = shares.take(thread) {
+                            *item += 1;
                         }
                     });
                 }
             });
-            assert!(taken.iter().all(|t| t.load(Ordering::Relaxed) == 1), "{n} numbers, {threads} threads");
+            assert!(items.iter().all(|n| *n == 1), "{n} items, {threads} threads");
         }
     }
 
     #[test]
     fn ones_own_come_first() {
-        let shares = Shares::new([0..2, 2..4, 4..5]);
-        assert_eq!([1, 1, 1, 1, 2, 0].map(|t| shares.take(t)), [Some(2), Some(3), Some(4), Some(0), Some(1), None]);
+        let (mut rows, mut items) = (Rows::default(), [0, 1, 2, 3, 4]);
+        rows.set([2, 4, 5]);
+        let shares = rows.share(&mut items);
+        let order = [1, 1, 1, 1, 2, 0].map(|t| shares.take(t).copied());
+        assert_eq!(order, [Some(2), Some(3), Some(4), Some(0), Some(1), None]);
     }
 }
