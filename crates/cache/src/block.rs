@@ -288,14 +288,14 @@ impl Block {
     /// Asks for what [`views`](Block::views) will read.
     pub fn prefetch_index(&self, cx: &Context<'_>, kernels: Kernels) {
         if let (Block::Coded(c), Some((layout, _))) = (self, cx.codec) {
-            kernels.prefetch_bytes(c.index(layout));
+            kernels.prefetch_few(c.index(layout));
         }
     }
 
     /// Asks for all of a coded block.
     pub fn prefetch(&self, kernels: Kernels) {
         if let Block::Coded(c) = self {
-            kernels.prefetch_bytes(c.words());
+            kernels.prefetch_lines(c.words());
         }
     }
 

@@ -19,6 +19,8 @@ const HEADS: usize = 8;
 /// Something of each head.
 type ByHead<T> = SmallVec<[T; HEADS]>;
 
+/// How many blocks ahead is asked for what a view of one is made from: two calls.
+const INDEX_AHEAD: usize = 2 * BLOCKS;
 /// Pieces of a thread that need no memory of their own.
 const PIECES: usize = 24;
 
@@ -140,11 +142,11 @@ impl History<'_> {
                     (None, 0, sink.len(cx.channels), self.start)
                 } else {
                     let b = part - 1;
-                    if let Some(near) = blocks.get(b + BLOCKS) {
+                    if let Some(near) = blocks.get(b + INDEX_AHEAD) {
                         near.prefetch_index(&cx, self.kernels);
-                        if let Some(origin) = self.origins.map(|o| &o[b + BLOCKS]) {
-                            self.kernels.prefetch_bytes(&origin.cos);
-                            self.kernels.prefetch_bytes(&origin.sin);
+                        if let Some(origin) = self.origins.map(|o| &o[b + INDEX_AHEAD]) {
+                            self.kernels.prefetch_few(&origin.cos);
+                            self.kernels.prefetch_few(&origin.sin);
                         }
                     }
                     let first = self.sinks + (self.layer.dropped() + b) * BLOCK_TOKENS;

@@ -103,7 +103,12 @@ impl<'a> Ahead<'a> {
     }
 }
 
-/// Asks for all of a slice.
+/// Asks for all of a slice, which may be long.
 pub(super) fn prefetch_lines<T>(of: &[T]) {
     all::<2>(of.as_ptr().cast(), size_of_val(of));
+}
+
+/// Asks for all of a slice that is a few lines and read soon.
+pub(super) fn prefetch_few<T>(of: &[T]) {
+    all::<1>(of.as_ptr().cast(), size_of_val(of));
 }

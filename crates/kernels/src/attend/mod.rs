@@ -137,8 +137,19 @@ impl Kernels {
         }
     }
 
-    /// Asks for some bytes.
-    pub fn prefetch_bytes<T>(self, of: &[T]) {
+    /// Asks for a few lines that are read soon, into the first cache.
+    pub fn prefetch_few<T>(self, of: &[T]) {
+        match self.0 {
+            Backend::Scalar => {
+                let _ = of;
+            }
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            _ => ahead::prefetch_few(of),
+        }
+    }
+
+    /// Asks for a whole block, into the second cache.
+    pub fn prefetch_lines<T>(self, of: &[T]) {
         match self.0 {
             Backend::Scalar => {
                 let _ = of;
