@@ -22,6 +22,8 @@ use std::sync::{Mutex, MutexGuard};
 const LARGE: usize = 2 << 20;
 /// Pieces of the greatest size that a span has room for: what is left behind the last is less than a part of it in as many.
 const PIECES: usize = 16;
+/// Bytes of empty spans that are kept: sequences come and go, and memory from the system has to be cleared.
+const SPARE: usize = 16 << 20;
 /// Bytes that a bit stands for.
 const GRAIN: usize = 64;
 /// Bytes before the words.
@@ -131,18 +133,24 @@ struct Pool {
     spans: BTreeMap<usize, Span>,
     /// Addresses of those in which room was not looked for in vain since some was given back.
     roomy: Vec<usize>,
+    /// Bytes of those that are empty.
+    empty: usize,
 }
 
 impl Pool {
     const fn new() -> Self {
-        Pool { spans: BTreeMap::new(), roomy: Vec::new() }
+        Pool { spans: BTreeMap::new(), roomy: Vec::new(), empty: 0 }
     }
 
     /// Room for `n` grains.
     fn take(&mut self, n: usize) -> NonNull<u8> {
         while let Some(address) = self.roomy.last() {
             let span = self.spans.get_mut(address).expect("listed spans exist");
+            let was_empty = span.is_empty();
             if let Some(start) = span.take(n) {
+                if was_empty {
+                    self.empty -= span.layout.size();
+                }
                 return start;
             }
             span.listed = false;
@@ -164,10 +172,14 @@ impl Pool {
             // Looked at after the one at hand, so that spans with little left get empty.
             self.roomy.insert(0, address);
         }
-        // One that is empty stays for what comes next.
-        if span.free == span.grains() && self.roomy.len() > 1 {
-            self.roomy.retain(|listed| *listed != address);
-            self.spans.remove(&address);
+        if span.is_empty() {
+            let size = span.layout.size();
+            if self.empty + size > SPARE {
+                self.roomy.retain(|listed| *listed != address);
+                self.spans.remove(&address);
+            } else {
+                self.empty += size;
+            }
         }
     }
 }
@@ -197,6 +209,10 @@ impl Span {
 
     fn grains(&self) -> usize {
         self.used.len() * 64
+    }
+
+    fn is_empty(&self) -> bool {
+        self.free == self.grains()
     }
 
     /// The first room for `n` grains.
@@ -377,13 +393,17 @@ mod tests {
         let again: Vec<_> = (0..400).map(|_| (pool.take(150), 150)).collect();
         assert_eq!(pool.spans.len(), spans);
         all.iter().skip(1).step_by(2).chain(&again).for_each(|&(start, n)| pool.give(start, n));
-        assert_eq!((pool.spans.len(), pool.roomy.len()), (1, 1), "one stays");
+        assert_eq!((pool.spans.len(), pool.roomy.len()), (spans, spans), "few stay");
+        let many: Vec<_> = (0..5000).map(|_| pool.take(150)).collect();
+        many.into_iter().for_each(|start| pool.give(start, 150));
+        assert_eq!((pool.spans.len(), pool.empty), (SPARE / LARGE, SPARE), "and no more");
         // Great ones have spans of their size.
         let n = LARGE / GRAIN + 1;
         let great = pool.take(n);
         let (_, span) = pool.spans.range(..=great.addr().get()).next_back().expect("its span");
         assert!((PIECES * n..PIECES * n + LARGE / GRAIN).contains(&span.grains()));
         pool.give(great, n);
+        assert_eq!((pool.spans.len(), pool.empty), (SPARE / LARGE, SPARE));
     }
 
     proptest! {
@@ -407,6 +427,8 @@ mod tests {
                 let free: usize = pool.spans.values().map(|s| s.free).sum();
                 let all: usize = pool.spans.values().map(Span::grains).sum();
                 prop_assert_eq!(all - free, held.iter().map(|h| h.1).sum::<usize>());
+                let empty: usize = pool.spans.values().filter(|s| s.is_empty()).map(|s| s.layout.size()).sum();
+                prop_assert!(empty == pool.empty && empty <= SPARE);
             }
         }
     }
