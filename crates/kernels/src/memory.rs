@@ -12,7 +12,7 @@
 //! of, and each block's first request then waits for a walk through the page tables, which a virtual machine walks twice.
 
 use std::alloc::{Layout, handle_alloc_error};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering, fence};
@@ -23,7 +23,7 @@ const LARGE: usize = 2 << 20;
 /// Pieces of the greatest size that a span has room for: what is left behind the last is less than a part of it in as many.
 const PIECES: usize = 16;
 /// Bytes of empty spans that are kept: sequences come and go, and memory from the system has to be cleared.
-const SPARE: usize = 16 << 20;
+const SPARE: usize = 8 << 20;
 /// Bytes that a bit stands for.
 const GRAIN: usize = 64;
 /// Bytes before the words.
@@ -131,20 +131,21 @@ fn pool() -> MutexGuard<'static, Pool> {
 struct Pool {
     /// By address.
     spans: BTreeMap<usize, Span>,
-    /// Addresses of those in which room was not looked for in vain since some was given back.
-    roomy: Vec<usize>,
+    /// Addresses of those in which room was not looked for in vain since some was given back. The first that has room gives it, so
+    /// that what comes later gets empty.
+    roomy: BTreeSet<usize>,
     /// Bytes of those that are empty.
     empty: usize,
 }
 
 impl Pool {
     const fn new() -> Self {
-        Pool { spans: BTreeMap::new(), roomy: Vec::new(), empty: 0 }
+        Pool { spans: BTreeMap::new(), roomy: BTreeSet::new(), empty: 0 }
     }
 
     /// Room for `n` grains.
     fn take(&mut self, n: usize) -> NonNull<u8> {
-        while let Some(address) = self.roomy.last() {
+        while let Some(address) = self.roomy.first() {
             let span = self.spans.get_mut(address).expect("listed spans exist");
             let was_empty = span.is_empty();
             if let Some(start) = span.take(n) {
@@ -153,13 +154,12 @@ impl Pool {
                 }
                 return start;
             }
-            span.listed = false;
-            self.roomy.pop();
+            self.roomy.pop_first();
         }
         let mut span = Span::new((n * GRAIN * PIECES).next_multiple_of(LARGE));
         let start = span.take(n).expect("a span has room for several");
         let address = span.memory.addr().get();
-        self.roomy.push(address);
+        self.roomy.insert(address);
         self.spans.insert(address, span);
         start
     }
@@ -168,14 +168,11 @@ impl Pool {
     fn give(&mut self, start: NonNull<u8>, n: usize) {
         let (&address, span) = self.spans.range_mut(..=start.addr().get()).next_back().expect("it lies in a span");
         span.give(start, n);
-        if !std::mem::replace(&mut span.listed, true) {
-            // Looked at after the one at hand, so that spans with little left get empty.
-            self.roomy.insert(0, address);
-        }
+        self.roomy.insert(address);
         if span.is_empty() {
             let size = span.layout.size();
             if self.empty + size > SPARE {
-                self.roomy.retain(|listed| *listed != address);
+                self.roomy.remove(&address);
                 self.spans.remove(&address);
             } else {
                 self.empty += size;
@@ -192,8 +189,6 @@ struct Span {
     /// Grains that are free, and one that none of them lies before.
     free: usize,
     first: usize,
-    /// In the list of those to look in.
-    listed: bool,
 }
 
 // SAFETY: a span owns its memory.
@@ -204,7 +199,7 @@ impl Span {
         let layout = Layout::from_size_align(bytes, LARGE).expect("a size that memory can have");
         let memory = system::map(layout).unwrap_or_else(|| handle_alloc_error(layout));
         let grains = bytes / GRAIN;
-        Span { memory, layout, used: vec![0; grains / 64], free: grains, first: 0, listed: true }
+        Span { memory, layout, used: vec![0; grains / 64], free: grains, first: 0 }
     }
 
     fn grains(&self) -> usize {
@@ -393,7 +388,7 @@ mod tests {
         let again: Vec<_> = (0..400).map(|_| (pool.take(150), 150)).collect();
         assert_eq!(pool.spans.len(), spans);
         all.iter().skip(1).step_by(2).chain(&again).for_each(|&(start, n)| pool.give(start, n));
-        assert_eq!((pool.spans.len(), pool.roomy.len()), (spans, spans), "few stay");
+        assert_eq!((pool.spans.len(), pool.empty), (SPARE / LARGE, SPARE), "few stay");
         let many: Vec<_> = (0..5000).map(|_| pool.take(150)).collect();
         many.into_iter().for_each(|start| pool.give(start, 150));
         assert_eq!((pool.spans.len(), pool.empty), (SPARE / LARGE, SPARE), "and no more");
