@@ -142,7 +142,7 @@ pub(crate) struct Room {
     pieces: Vec<Piece>,
     count: usize,
     /// Which pieces which thread begins with.
-    rows: threads::Rows,
+    queues: threads::Queues,
     /// One a KV head.
     merged: Vec<State>,
 }
@@ -243,7 +243,7 @@ impl History<'_> {
     ) -> Result<(), CacheError> {
         let (d, group, heads) = (self.shape.head_dim, queries.group, self.shape.heads);
         let (tasks, shared) = self.plan(tokens.clone(), room);
-        let Room { works, pieces, count, rows, merged } = room;
+        let Room { works, pieces, count, queues, merged } = room;
         let (works, pieces) = (&mut works[..tasks], &mut pieces[..*count]);
         let mut finish = |head: usize, of: &Range<usize>, state: &State| {
             for row in 0..state.rows() {
@@ -259,7 +259,7 @@ impl History<'_> {
             }
         };
         if shared {
-            let shares = rows.share(pieces);
+            let shares = queues.share(pieces);
             threads::for_each_mut(works, |i, work| {
                 keep(self.attend(queries, work, position, || shares.take(i), &own));
             });

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
-pub use shares::{Rows, Shares};
+pub use shares::{Queues, Shares};
 
 /// How long a thread looks for the next region before it sleeps: longer than what lies between two tokens.
 const AWAKE: Duration = Duration::from_micros(500);

@@ -25,7 +25,7 @@ impl History<'_> {
     }
 
     /// Puts tasks and pieces at the front of a room's; returns how many tasks, and whether they share the pieces: for a few tokens a
-    /// task a thread, and pieces in rows; else tasks with rows of one head, which have a piece with all parts each.
+    /// task a thread, and pieces in queues; else tasks with rows of one head, which have a piece with all parts each.
     pub(super) fn plan(&self, tokens: Range<usize>, room: &mut Room) -> (usize, bool) {
         let (kv_heads, parts) = (self.shape.kv_heads, self.layer.blocks().len() + 1);
         let threads = if self.is_worth_threads(&tokens) { threads::count() } else { 1 };
@@ -67,8 +67,8 @@ impl History<'_> {
 /// of which has states to merge, are few.
 fn shrinking(parts: usize, kv_heads: usize, threads: usize, room: &mut Room) {
     let calls = parts.div_ceil(BLOCKS);
-    let mut rows = std::mem::take(&mut room.rows);
-    rows.set((0..threads).map(|thread| {
+    let mut queues = std::mem::take(&mut room.queues);
+    queues.set((0..threads).map(|thread| {
         let (mut first, end) = (thread * calls / threads, (thread + 1) * calls / threads);
         while first < end {
             let n = if threads == 1 { end } else { (2 * (end - first) / 3).max(1) };
@@ -81,7 +81,7 @@ fn shrinking(parts: usize, kv_heads: usize, threads: usize, room: &mut Room) {
         }
         room.count
     }));
-    room.rows = rows;
+    room.queues = queues;
 }
 
 #[cfg(test)]
@@ -107,7 +107,7 @@ mod tests {
             }
             assert!(seen.iter().all(|end| *end == parts));
             assert!(pieces.len() <= threads * (parts.ilog2() as usize + 2 * LAST));
-            let (n, shares) = (pieces.len(), room.rows.share(pieces));
+            let (n, shares) = (pieces.len(), room.queues.share(pieces));
             assert_eq!(std::iter::from_fn(|| shares.take(threads - 1)).count(), n);
         }
     }
