@@ -11,7 +11,8 @@ pub struct Bytes {
     pub outliers: usize,
     /// Sinks, recent window and fp16 blocks.
     pub exact: usize,
-    /// What finds a block: its header in the layer's list, how many hold it, what fills up its memory. Of a cache that makes its own tables (`+online`), these too.
+    /// What finds a block: its header in the layer's list, how many hold it, what fills up its memory. Of a cache that
+    /// makes its own tables (`+online`), these too.
     pub index: usize,
 }
 

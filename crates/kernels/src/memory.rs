@@ -7,8 +7,8 @@
 //! ```
 //!
 //! An allocator for everything rounds such sizes up to classes an eighth apart, and so leaves blocks of one class at one distance
-//! from each other, which maps them to few sets of a memory's banks: attention over 3-bit blocks 12 KiB apart took 5 to 14 %
-//! longer than over the same ones side by side. Large pages, since a deep cache has more small ones than a CPU keeps addresses
+//! from each other, which maps them to few sets of a memory's banks: attention over 3-bit blocks 12 KiB apart took 7 %
+//! longer than over the same ones side by side, at times 14. Large pages, since a deep cache has more small ones than a CPU keeps addresses
 //! of, and each block's first request then waits for a walk through the page tables, which a virtual machine walks twice.
 
 use std::alloc::{Layout, handle_alloc_error};
