@@ -259,6 +259,7 @@ struct AppendArgs {
   u32* open;
   u32* top;              // next free entry of the arena
   u32* status;           // 0: fine, 1: not a finite fp16 number, 2: too many outliers in a unit, 3: the arena is full, 4: residual
+  const Sequence* after; // of a single token: the history with it, which says its place; or null
   u32 arena_size;
   u32 first;             // place of the first token after the exact rows
   u32 tokens;
@@ -272,10 +273,11 @@ template <bool ONE> FN void append_block(const AppendArgs& a) {
   __shared__ u32 list[OPEN_OUTLIERS];
   __shared__ u32 count, greatest, from;
   const u32 lane = lane_id(), warp = threadIdx.x / 32, g = lane / 4, tq = lane % 4, head = blockIdx.y, side = blockIdx.z, kv_heads = gridDim.y;
-  const u32 block = a.first / 64 + blockIdx.x;
-  const u32 t0 = blockIdx.x == 0 ? a.first % 64 : 0, t1 = min(64, a.first + a.tokens - block * 64);
+  const u32 first = ONE && a.after ? a.after->blocks * 64 + a.after->last - 65 : a.first;
+  const u32 block = first / 64 + blockIdx.x;
+  const u32 t0 = blockIdx.x == 0 ? first % 64 : 0, t1 = min(64, first + a.tokens - block * 64);
   // Of token 0 of the block; used for tokens from t0 on.
-  const long row = (long)block * 64 - a.first;
+  const long row = (long)block * 64 - first;
   u8* const record = a.pool + a.table[block] * block_bytes(kv_heads);
   u8* const unit = record + unit_at(head, side);
   u32* const header = (u32*)(record + header_at(kv_heads, head)) + 2 * side;
@@ -381,4 +383,8 @@ template <bool ONE> FN void append_block(const AppendArgs& a) {
 extern "C" __global__ void __launch_bounds__(DIM * 2, 1) append(const AppendArgs a) { append_block<false>(a); }
 
 // grid: (1, kv_heads, 2)
-extern "C" __global__ void __launch_bounds__(RANGE_THREADS, 1) append_one(const AppendArgs a) { append_block<true>(a); }
+extern "C" __global__ void __launch_bounds__(RANGE_THREADS, 1) append_one(const AppendArgs a) {
+  let_next_start();
+  wait_for_former();
+  append_block<true>(a);
+}

@@ -13,6 +13,7 @@ struct ExactArgs {
   const float* q;   // [sequences][heads][DIM], turned, times log2(e) / sqrt(DIM)
   float* out;       // [sequences][heads][splits][DIM]
   float* sums;      // [sequences][heads][splits][2]
+  const u32* after; // how many tokens there are; or null for `tokens`
   u64 next;         // halves from one sequence to the next
   u32 heads, kv_heads, splits, passes, tokens, capacity;
 };
@@ -22,6 +23,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, AT_A_TIME) exact_decode
   __shared__ float states[WARPS][GROUP][2];
   let_next_start();
   wait_for_former();
+  const u32 tokens = a.after ? *a.after : a.tokens;
   const u32 lane = lane_id(), warp = threadIdx.x / 32, part = lane % LANES, row = lane / LANES;
   const u32 kv_head = blockIdx.y / a.passes, split = blockIdx.x, seq = blockIdx.z;
   const u32 first_head = kv_head * a.passes * GROUP + blockIdx.y % a.passes * GROUP;
@@ -34,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, AT_A_TIME) exact_decode
 #pragma unroll
     for (int i = 0; i < 8; i++) q[h][i] = a.q[((u64)seq * a.heads + first_head + h) * DIM + part * 8 + i], o[h][i] = 0;
   }
-  const u32 step = AT_ONCE * ROWS, chunks = (a.tokens + step - 1) / step;
+  const u32 step = AT_ONCE * ROWS, chunks = (tokens + step - 1) / step;
   const u32 each = (chunks + a.splits - 1) / a.splits;
   const u32 to = min(chunks, split * each + each);
   for (u32 chunk = split * each + warp; chunk < to; chunk += WARPS) {
@@ -42,12 +44,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, AT_A_TIME) exact_decode
     const u32 t0 = chunk * step + row;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-      const u64 t = min(t0 + r * AT_ONCE, a.tokens - 1);
+      const u64 t = min(t0 + r * AT_ONCE, tokens - 1);
       k[r] = __ldcs(keys + t * LANES);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-      const u64 t = min(t0 + r * AT_ONCE, a.tokens - 1);
+      const u64 t = min(t0 + r * AT_ONCE, tokens - 1);
       v[r] = __ldcs(values + t * LANES);
     }
     float x[GROUP][ROWS];
@@ -62,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, AT_A_TIME) exact_decode
         for (int i = 0; i < 8; i++) s += q[h][i] * f[i];
 #pragma unroll
         for (int i = LANES / 2; i; i /= 2) s += __shfl_xor_sync(WARP, s, i);
-        x[h][r] = t0 + r * AT_ONCE < a.tokens ? s : NONE;
+        x[h][r] = t0 + r * AT_ONCE < tokens ? s : NONE;
       }
     }
 #pragma unroll

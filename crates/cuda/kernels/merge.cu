@@ -4,8 +4,8 @@
 struct MergeArgs {
   const float* parts;  // [rows][splits][DIM]
   const float* sums;   // [rows][splits][2]
-  float* out;          // [rows][DIM]
-  u32 splits;
+  void* out;           // [rows][DIM], f32 or fp16
+  u32 splits, halves;
 };
 
 extern "C" __global__ void merge(const MergeArgs a) {
@@ -33,5 +33,8 @@ extern "C" __global__ void merge(const MergeArgs a) {
   float x = 0;
 #pragma unroll 8
   for (u32 i = 0; i < splits; i++) x += factors[i] * parts[(first + i) * DIM + c];
-  a.out[(u64)blockIdx.x * DIM + c] = total > 0 ? x / total : 0;
+  x = total > 0 ? x / total : 0;
+  const u64 at = (u64)blockIdx.x * DIM + c;
+  if (a.halves) ((u16*)a.out)[at] = float_half(x);
+  else ((float*)a.out)[at] = x;
 }

@@ -21,6 +21,8 @@ FN bool is_finite(float x) { return fabsf(x) <= 3.4028235e38f; }
 
 // The rows of the table that tokens name, as the residual stream. A block of threads a token.
 extern "C" __global__ void __launch_bounds__(THREADS) embed(const u32* tokens, const u16* table, float* x, u32 n, float scale) {
+  let_next_start();
+  wait_for_former();
   const u16* row = table + (u64)tokens[blockIdx.x] * n;
   for (u32 i = threadIdx.x; i < n; i += THREADS) x[(u64)blockIdx.x * n + i] = half_float(row[i]) * scale;
 }
@@ -39,6 +41,8 @@ struct NormArgs {
 
 // The residual sum and the norm after it. A block of threads a row.
 extern "C" __global__ void __launch_bounds__(THREADS) add_norm(const NormArgs a) {
+  let_next_start();
+  wait_for_former();
   __shared__ float parts[2][THREADS / 32];
   const u32 pairs = a.n / 2;
   float2* x = (float2*)(a.x + (u64)blockIdx.x * a.n);
@@ -99,6 +103,8 @@ struct HeadsArgs {
 
 // One product's rows to queries, keys and values. grid: (heads + 2 * kv_heads, rows), a thread for a pair of channels.
 extern "C" __global__ void __launch_bounds__(DIM / 2) heads(const HeadsArgs a) {
+  let_next_start();
+  wait_for_former();
   __shared__ float parts[DIM / 64];
   const u32 head = blockIdx.x, row = blockIdx.y, i = threadIdx.x, all = a.heads + 2 * a.kv_heads;
   float2 x = ((const float2*)a.qkv)[((u64)row * all + head) * (DIM / 2) + i];
@@ -129,12 +135,14 @@ extern "C" __global__ void __launch_bounds__(DIM / 2) heads(const HeadsArgs a) {
   }
 }
 
-// Attention's output in fp16 [rows][heads][DIM], from f32 of that shape or, `by_head`, [heads][rows][DIM]; n pairs.
-extern "C" __global__ void __launch_bounds__(THREADS) attended(const float* x, u32* out, u32 rows, u32 heads, u32 by_head, u32 n) {
+// Attention's output in fp16 [rows][heads][DIM], from f32 [heads][rows][DIM]; n pairs.
+extern "C" __global__ void __launch_bounds__(THREADS) attended(const float* x, u32* out, u32 rows, u32 heads, u32 n) {
+  let_next_start();
+  wait_for_former();
   const u32 i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= n) return;
   const u32 pair = i % (DIM / 2), head = i / (DIM / 2) % heads, row = i / (DIM / 2) / heads;
-  const float2 v = ((const float2*)x)[by_head ? (head * (u64)rows + row) * (DIM / 2) + pair : i];
+  const float2 v = ((const float2*)x)[(head * (u64)rows + row) * (DIM / 2) + pair];
   out[i] = pack_halves(v.x, v.y);
 }
 
@@ -147,6 +155,8 @@ FN float gated(float g, float u, u32 gelu) {
 // An MLP's gate times its other half, in fp16, divided by a power of two of the row's own where it would not fit.
 // gate_up [rows][2][n], out [rows][n], scales [rows]; n is even. A block of threads a row.
 extern "C" __global__ void __launch_bounds__(1024) gate(const float* gate_up, u32* out, float* scales, u32 n, u32 gelu) {
+  let_next_start();
+  wait_for_former();
   __shared__ float parts[32];
   const float2* g = (const float2*)(gate_up + (u64)blockIdx.x * 2 * n);
   const float2* u = g + n / 2;

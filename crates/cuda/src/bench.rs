@@ -7,9 +7,9 @@
 use serde::Serialize;
 
 use crate::CudaError;
-use crate::device::{Arg, Buffer, Device};
+use crate::device::{Arg, Buffer, Device, Start};
 use crate::exact::{ExactCache, ExactDecode};
-use crate::layer::{BLOCK, Batch, History, Pool, Tables, Turns, append, turn_queries};
+use crate::layer::{BLOCK, Batch, History, Out, Pool, Tables, Turns, append, turn_queries};
 use crate::modules::{Build, Source};
 use crate::prefill::{Prefill, SECTION};
 use crate::synthetic::{NOISE_REACH, frequencies, quantizers};
@@ -81,7 +81,7 @@ fn fill(device: &Device, out: &Buffer, seed: u32) -> Result<(), CudaError> {
     let f = device.function(&Build::plain(Source::Copy, 128), "noise", 0)?;
     let args = [Arg::Long(out.at()), Arg::Long(out.bytes() as u64 / 4), Arg::Word(seed), Arg::Float(1.0)];
     // SAFETY: the arguments of `noise`; it writes so many floats as the buffer has.
-    unsafe { device.launch(&f, [4 * device.info().processors, 1, 1], 512, &args) }
+    unsafe { device.launch(&f, [4 * device.info().processors, 1, 1], 512, &args, Start::After) }
 }
 
 /// Bytes a second that a copy reads and writes, by a kernel.
@@ -102,7 +102,7 @@ pub fn copy(device: &Device) -> Result<Row, CudaError> {
                 Arg::Long(bytes as u64 / 16),
             ];
             // SAFETY: the arguments of `copy`; both buffers have so many pieces of 16 bytes.
-            unsafe { device.launch(&f, [blocks * device.info().processors, 1, 1], 256, &args) }
+            unsafe { device.launch(&f, [blocks * device.info().processors, 1, 1], 256, &args, Start::After) }
         })?;
         best = best.min(seconds);
     }
@@ -171,7 +171,7 @@ fn exact_cache(device: &Device, s: &Shape, tokens: usize) -> Result<ExactCache, 
     for from in (0..tokens).step_by(chunk) {
         fill(device, &keys, from as u32)?;
         fill(device, &values, from as u32 + 1)?;
-        cache.append(device, &keys, &values, &angles, chunk.min(tokens - from))?;
+        cache.append(device, &keys, &values, &angles, chunk.min(tokens - from), None)?;
     }
     Ok(cache)
 }
@@ -254,8 +254,9 @@ fn exact(
         let (q, out) = queries(device, s, tokens)?;
         let steps: Vec<ExactDecode> =
             caches.iter().map(|c| ExactDecode::new(device, c, heads)).collect::<Result<_, _>>()?;
-        let seconds =
-            device.time(15, each(bytes), |i| steps[i % copies].decode(device, &caches[i % copies], &q, &out))?;
+        let seconds = device.time(15, each(bytes), |i| {
+            steps[i % copies].decode(device, &caches[i % copies], &q, Out::Floats(&out), None)
+        })?;
         add("decode", seconds, bytes);
     }
     if plan.prefill {

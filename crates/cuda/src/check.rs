@@ -13,7 +13,7 @@ use crate::CudaError;
 use crate::dense::{DenseOut, dense};
 use crate::device::{Buffer, Device, Queue};
 use crate::exact::{ExactCache, ExactDecode};
-use crate::layer::{BLOCK, Batch, History, Pool, Tables, Turns, append, append_exact, turn_queries};
+use crate::layer::{BLOCK, Batch, History, Out, Pool, Tables, Turns, append, append_exact, turn_queries};
 use crate::prefill::Prefill;
 use crate::synthetic::{frequencies, normal, quantizers};
 
@@ -282,11 +282,11 @@ fn check(
     for (from, n) in [(0, first), (first, tokens - first)] {
         if n > 0 {
             let angles = turns.angles(device, from, n)?;
-            cache.append(device, &part(&keys, from, n)?, &part(&values, from, n)?, &angles, n)?;
+            cache.append(device, &part(&keys, from, n)?, &part(&values, from, n)?, &angles, n, None)?;
         }
     }
     let out = device.poisoned(q_row * 4)?;
-    ExactDecode::new(device, &cache, heads)?.decode(device, &cache, &turned_q, &out)?;
+    ExactDecode::new(device, &cache, heads)?.decode(device, &cache, &turned_q, Out::Floats(&out), None)?;
     let expect = fp16.attend(&turned(&q[..q_row], dim, &frequencies, positions[0]), tokens);
     tell("fp16 decode", error(&device.read::<f32>(&out, q_row)?, &expect, dim), ATTENTION / 4.0);
 
@@ -295,7 +295,7 @@ fn check(
         let angles = turns.angles(device, tokens, queries)?;
         let mut own = ExactCache::new(device, kv_heads, dim, queries)?;
         let new = |x: &[f32]| device.upload(&x[tokens * row..]);
-        own.append(device, &new(&keys)?, &new(&values)?, &angles, queries)?;
+        own.append(device, &new(&keys)?, &new(&values)?, &angles, queries, None)?;
         for t in tokens..tokens + queries {
             let k = turned(&keys[t * row..(t + 1) * row], dim, &frequencies, t);
             for r in [&mut reference, &mut fp16] {
@@ -322,7 +322,7 @@ fn check(
 
         let mut whole = ExactCache::new(device, kv_heads, dim, tokens + queries)?;
         let angles_all = turns.angles(device, 0, tokens + queries)?;
-        whole.append(device, &device.upload(&keys)?, &device.upload(&values)?, &angles_all, tokens + queries)?;
+        whole.append(device, &device.upload(&keys)?, &device.upload(&values)?, &angles_all, tokens + queries, None)?;
         let mut step = Prefill::new(device, &new_q, &angles, queries, heads, kv_heads, dim)?;
         step.attend_exact(device, &whole, true, true)?;
         let got = read_all(device, step.out())?;

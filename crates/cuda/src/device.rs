@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
+use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
 
 use bytemuck::Pod;
@@ -10,7 +11,7 @@ use cudarc::driver::sys::{
     CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, cuLaunchKernelEx, is_culib_present,
 };
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig,
 };
 use cudarc::nvrtc::Ptx;
 
@@ -74,6 +75,16 @@ pub(crate) enum Queue {
 
 /// A point in a queue, which the other one can wait for.
 pub(crate) struct Mark(CudaEvent);
+
+/// When a kernel may take room on the card.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Start {
+    /// Once the one before it in the queue has ended.
+    After,
+    /// As soon as the one before it lets it, where cards can do that: it waits by itself before it uses what others write
+    /// (kernels/device.cuh, `wait_for_former`).
+    Early,
+}
 
 /// An argument of a kernel.
 #[derive(Debug, Clone, Copy)]
@@ -300,25 +311,24 @@ impl Device {
     }
 
     /// # Safety
-    /// The kernel takes exactly these arguments, and stays within the memory that they point to.
+    /// The kernel takes exactly these arguments, and stays within the memory that they point to. If it starts early, it waits by
+    /// itself.
     pub(crate) unsafe fn launch(
         &self,
         f: &CudaFunction,
         grid: [usize; 3],
         threads: usize,
         args: &[Arg],
+        start: Start,
     ) -> Result<(), CudaError> {
-        let mut builder = self.stream.launch_builder(f);
-        for a in args {
-            match a {
-                Arg::Word(x) => builder.arg(x),
-                Arg::Long(x) => builder.arg(x),
-                Arg::Float(x) => builder.arg(x),
-            };
-        }
-        // SAFETY: the caller's promise.
-        unsafe { builder.launch(config(grid, threads, 0)) }.during("launch a kernel")?;
-        Ok(())
+        let at = |a: &Arg| match a {
+            Arg::Word(x) => std::ptr::from_ref(x).cast_mut().cast(),
+            Arg::Long(x) => std::ptr::from_ref(x).cast_mut().cast(),
+            Arg::Float(x) => std::ptr::from_ref(x).cast_mut().cast(),
+        };
+        let mut arguments: Vec<*mut c_void> = args.iter().map(at).collect();
+        // SAFETY: the caller's promise; the arguments live.
+        unsafe { self.launch_all(Queue::Main, f, config(grid, threads, 0), &mut arguments, start) }
     }
 
     /// # Safety
@@ -347,18 +357,15 @@ impl Device {
         shared: usize,
         args: &A,
     ) -> Result<(), CudaError> {
-        let mut builder = self.queue(queue).launch_builder(f);
-        builder.arg(args);
-        // SAFETY: the caller's promise.
-        unsafe { builder.launch(config(grid, threads, shared)) }.during("launch a kernel")?;
-        Ok(())
+        let mut arguments = [std::ptr::from_ref(args).cast_mut().cast()];
+        // SAFETY: the caller's promise; the argument lives.
+        unsafe { self.launch_all(queue, f, config(grid, threads, shared), &mut arguments, Start::After) }
     }
 
-    /// [`launch_with`](Device::launch_with), where the kernel may take room on the card as soon as the former one lets it: it
-    /// waits by itself before it uses what others write (kernels/device.cuh, `wait_for_former`).
+    /// [`launch_with`](Device::launch_with) of a kernel that starts early.
     ///
     /// # Safety
-    /// As for `launch_with`.
+    /// As for `launch_with`; the kernel waits by itself (see [`Start::Early`]).
     pub(crate) unsafe fn launch_early<A: DeviceRepr>(
         &self,
         f: &CudaFunction,
@@ -367,17 +374,29 @@ impl Device {
         shared: usize,
         args: &A,
     ) -> Result<(), CudaError> {
-        if self.info.capability.0 < 9 {
-            // SAFETY: the caller's promise.
-            return unsafe { self.launch_with(f, grid, threads, shared, args) };
-        }
+        let mut arguments = [std::ptr::from_ref(args).cast_mut().cast()];
+        // SAFETY: the caller's promise; the argument lives.
+        unsafe { self.launch_all(Queue::Main, f, config(grid, threads, shared), &mut arguments, Start::Early) }
+    }
+
+    /// # Safety
+    /// The arguments point to what the kernel takes, which stays within the memory that it is told of. If it starts early, it
+    /// waits by itself.
+    unsafe fn launch_all(
+        &self,
+        queue: Queue,
+        f: &CudaFunction,
+        c: LaunchConfig,
+        arguments: &mut [*mut c_void],
+        start: Start,
+    ) -> Result<(), CudaError> {
         self.bind()?;
-        let c = config(grid, threads, shared);
         let mut early = CUlaunchAttribute {
             id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
             value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
+        let is_early = matches!(start, Start::Early) && self.info.capability.0 >= 9;
         let launch = CUlaunchConfig {
             gridDimX: c.grid_dim.0,
             gridDimY: c.grid_dim.1,
@@ -386,12 +405,11 @@ impl Device {
             blockDimY: c.block_dim.1,
             blockDimZ: c.block_dim.2,
             sharedMemBytes: c.shared_mem_bytes,
-            hStream: self.stream.cu_stream(),
+            hStream: self.queue(queue).cu_stream(),
             attrs: &mut early,
-            numAttrs: 1,
+            numAttrs: is_early.into(),
         };
-        let mut arguments = [std::ptr::from_ref(args).cast_mut().cast()];
-        // SAFETY: the caller's promise; the driver reads the configuration and the one argument during the call.
+        // SAFETY: the caller's promise; the driver reads the configuration and the arguments during the call.
         unsafe { cuLaunchKernelEx(&launch, f.cu_function(), arguments.as_mut_ptr(), std::ptr::null_mut()) }
             .result()
             .during("launch a kernel")

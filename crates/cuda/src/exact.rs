@@ -5,7 +5,7 @@ use cudarc::driver::DeviceRepr;
 
 use crate::CudaError;
 use crate::device::{Buffer, Device};
-use crate::layer::{Parts, Rows, choose_splits, store_rows};
+use crate::layer::{Out, Parts, Rows, choose_splits, store_rows};
 use crate::modules::{Build, group_of};
 
 /// fp16 rows `[2][kv_heads][capacity][dim]`, keys turned.
@@ -19,7 +19,7 @@ pub struct ExactCache {
 
 #[repr(C)]
 struct ExactArgs {
-    pointers: [u64; 4],
+    pointers: [u64; 5],
     next: u64,
     numbers: [u32; 6],
 }
@@ -49,7 +49,8 @@ impl ExactCache {
         Ok(())
     }
 
-    /// Appends `[tokens][kv_heads][dim]` f32, keys turned by `angles`.
+    /// Appends `[tokens][kv_heads][dim]` f32, keys turned by `angles`. A single token's place is read on the card where `after` says how
+    /// many there are with it.
     ///
     /// # Errors
     /// No room.
@@ -60,11 +61,10 @@ impl ExactCache {
         values: &Buffer,
         angles: &Buffer,
         tokens: usize,
+        after: Option<&Buffer>,
     ) -> Result<(), CudaError> {
         let place = Rows { dim: self.dim, heads: self.kv_heads, first: self.tokens, capacity: self.capacity };
-        let side = (self.kv_heads * self.capacity * self.dim * 2) as u64;
-        store_rows(device, keys, Some(angles), self.rows.at(), 1.0, &place, tokens)?;
-        store_rows(device, values, None, self.rows.at() + side, 1.0, &place, tokens)?;
+        store_rows(device, keys, Some(values), angles, &self.rows, 1.0, &place, tokens, after)?;
         self.tokens += tokens;
         Ok(())
     }
@@ -83,6 +83,11 @@ pub struct ExactDecode {
 }
 
 impl ExactDecode {
+    /// What its launches were told that may change from step to step.
+    pub(crate) fn key(&self) -> [u64; 3] {
+        [self.parts.parts.at(), self.parts.sums.at(), self.parts.splits as u64]
+    }
+
     /// For so many query heads.
     ///
     /// # Errors
@@ -104,18 +109,31 @@ impl ExactDecode {
         self.parts.resize(device, splits)
     }
 
-    /// Attention of one token: `q` and `out` `[heads][dim]` f32.
+    /// Attention of one token: `q` `[heads][dim]` f32. How many tokens there are is read on the card where `after` says so.
     ///
     /// # Errors
     /// The card fails.
-    pub fn decode(&self, device: &Device, cache: &ExactCache, q: &Buffer, out: &Buffer) -> Result<(), CudaError> {
-        if q.bytes().min(out.bytes()) < self.heads * cache.dim * 4 || cache.tokens == 0 {
+    pub fn decode(
+        &self,
+        device: &Device,
+        cache: &ExactCache,
+        q: &Buffer,
+        out: Out<'_>,
+        after: Option<&Buffer>,
+    ) -> Result<(), CudaError> {
+        if q.bytes() < self.heads * cache.dim * 4 || cache.tokens == 0 {
             return Err(CudaError::Append { problem: "fewer query rows than heads, or no history" });
         }
         let f = device.function(&Build::exact(cache.dim, self.group), "exact_decode", 0)?;
         let passes = self.heads / cache.kv_heads / self.group;
         let args = ExactArgs {
-            pointers: [cache.rows.at(), q.at(), self.parts.parts.at(), self.parts.sums.at()],
+            pointers: [
+                cache.rows.at(),
+                q.at(),
+                self.parts.parts.at(),
+                self.parts.sums.at(),
+                after.map_or(0, Buffer::at),
+            ],
             next: 0,
             numbers: [self.heads, cache.kv_heads, self.parts.splits, passes, cache.tokens, cache.capacity]
                 .map(|n| n as u32),

@@ -6,7 +6,7 @@
 use cudarc::driver::DeviceRepr;
 
 use crate::CudaError;
-use crate::device::{Arg, Buffer, Device};
+use crate::device::{Arg, Buffer, Device, Start};
 use crate::modules::{Build, DecodeShape, Source, group_of};
 use crate::pool::RECORD_BYTES;
 pub use crate::pool::{History, Pool};
@@ -14,7 +14,7 @@ pub use crate::tables::{BLOCK, Tables, Turns};
 
 #[repr(C)]
 struct AppendArgs {
-    pointers: [u64; 15],
+    pointers: [u64; 16],
     arena_size: u32,
     first: u32,
     tokens: u32,
@@ -42,9 +42,9 @@ unsafe impl DeviceRepr for DecodeArgs {}
 struct MergeArgs {
     pointers: [u64; 3],
     splits: u32,
-    _end: u32,
+    halves: u32,
 }
-// SAFETY: plain numbers in the order of kernels/merge.cu, whose structure ends in four bytes of padding.
+// SAFETY: plain numbers in the order of kernels/merge.cu.
 unsafe impl DeviceRepr for MergeArgs {}
 
 /// Appends tokens `[tokens][kv_heads][dim]` f32, keys before RoPE, as codes.
@@ -60,10 +60,11 @@ pub fn append(
     values: &Buffer,
     tokens: usize,
 ) -> Result<(), CudaError> {
-    append_from(device, tables, pool, history, [keys, values], 0, tokens)
+    append_from(device, tables, pool, history, [keys, values], 0, tokens, None)
 }
 
-/// [`append`] of the rows from `first_row` on.
+/// [`append`] of the rows from `first_row` on. A single token's place is read on the card where the history's record with it lies
+/// there, from a byte of a buffer on.
 pub(crate) fn append_from(
     device: &Device,
     tables: &Tables,
@@ -72,9 +73,13 @@ pub(crate) fn append_from(
     [keys, values]: [&Buffer; 2],
     first_row: usize,
     tokens: usize,
+    record: Option<(&Buffer, usize)>,
 ) -> Result<(), CudaError> {
     let channels = tables.channels();
     let needed = (first_row + tokens) * channels * 4;
+    if record.is_some_and(|(b, from)| b.bytes() < from + RECORD_BYTES) {
+        return Err(CudaError::Append { problem: "a record lies beyond its buffer" });
+    }
     if tokens == 0 || tokens > pool.chunk || keys.bytes().min(values.bytes()) < needed {
         return Err(CudaError::Append { problem: "more tokens than the pool's chunk, or fewer rows than tokens" });
     }
@@ -106,6 +111,7 @@ pub(crate) fn append_from(
             history.open.at(),
             pool.top.at(),
             pool.status.at(),
+            record.map_or(0, |(b, from)| b.at() + from as u64),
         ],
         arena_size: pool.outliers as u32,
         first: first as u32,
@@ -117,7 +123,7 @@ pub(crate) fn append_from(
     if tokens == 1 {
         let f = device.function(&build, "append_one", 0)?;
         // SAFETY: as for `append` below; the one token's rows exist (checked above).
-        unsafe { device.launch_with(&f, [1, tables.kv_heads, 2], range_threads, 0, &args) }?;
+        unsafe { device.launch_early(&f, [1, tables.kv_heads, 2], range_threads, 0, &args) }?;
         history.tokens += 1;
         return Ok(());
     }
@@ -129,7 +135,7 @@ pub(crate) fn append_from(
     ];
     let f = device.function(&build, "ranges", 0)?;
     // SAFETY: the arguments of `ranges`; one block of threads a token, whose rows and range exist (checked above).
-    unsafe { device.launch(&f, [tokens, 1, 1], range_threads, &of_ranges) }?;
+    unsafe { device.launch(&f, [tokens, 1, 1], range_threads, &of_ranges, Start::After) }?;
     let f = device.function(&build, "append", 0)?;
     let touched = (first + tokens).div_ceil(BLOCK) - first / BLOCK;
     // SAFETY: the argument of `append`; the table names blocks of the pool for all tokens (reserved above), outliers stay
@@ -157,12 +163,9 @@ pub fn append_exact(
             problem: "exact rows come before all codes, and only as many as were planned",
         });
     }
-    let side = tables.kv_heads * history.exact_capacity * tables.dim * 2;
-    let at = [history.exact.at(), history.exact.at() + side as u64];
     let place =
         Rows { dim: tables.dim, heads: tables.kv_heads, first: history.exact_rows, capacity: history.exact_capacity };
-    store_rows(device, keys, Some(angles), at[0], 1.0, &place, tokens)?;
-    store_rows(device, values, None, at[1], 1.0, &place, tokens)?;
+    store_rows(device, keys, Some(values), angles, &history.exact, 1.0, &place, tokens, None)?;
     history.exact_rows += tokens;
     Ok(())
 }
@@ -175,34 +178,41 @@ pub(crate) struct Rows {
     pub capacity: usize,
 }
 
-/// Writes `[tokens][heads][dim]` f32 as fp16 rows, turned and scaled.
+/// Writes `[tokens][heads][dim]` f32 as fp16 rows, turned and scaled; behind their table that of values, if there are any, as they
+/// are. A single token's place is read on the card where `after` says how many rows there are with it.
 pub(crate) fn store_rows(
     device: &Device,
     x: &Buffer,
-    angles: Option<&Buffer>,
-    out: u64,
+    values: Option<&Buffer>,
+    angles: &Buffer,
+    out: &Buffer,
     scale: f32,
     rows: &Rows,
     tokens: usize,
+    after: Option<&Buffer>,
 ) -> Result<(), CudaError> {
     let n = tokens * rows.heads * rows.dim / 2;
-    let angle_bytes = angles.map_or(usize::MAX, Buffer::bytes);
-    if x.bytes() < n * 8 || angle_bytes < tokens * rows.dim * 4 || rows.first + tokens > rows.capacity {
+    let tables = if values.is_some() { 2 } else { 1 };
+    let given = x.bytes().min(values.map_or(usize::MAX, Buffer::bytes));
+    let room = out.bytes() / (tables * rows.heads * rows.dim * 2);
+    if given < n * 8 || angles.bytes() < tokens * rows.dim * 4 || rows.first + tokens > rows.capacity.min(room) {
         return Err(CudaError::Append { problem: "fewer rows than tokens" });
     }
     let f = device.function(&Build::plain(Source::Rows, rows.dim), "store_rows", 0)?;
     let args = [
         Arg::Long(x.at()),
-        Arg::Long(angles.map_or(0, Buffer::at)),
-        Arg::Long(out),
+        Arg::Long(values.map_or(0, Buffer::at)),
+        Arg::Long(angles.at()),
+        Arg::Long(out.at()),
+        Arg::Long(after.map_or(0, Buffer::at)),
         Arg::Float(scale),
         Arg::Word(rows.heads as u32),
         Arg::Word(rows.first as u32),
         Arg::Word(rows.capacity as u32),
         Arg::Word(n as u32),
     ];
-    // SAFETY: the arguments of `store_rows`; sizes checked above, `out` has heads * capacity rows (callers within the crate).
-    unsafe { device.launch(&f, [n.div_ceil(256), 1, 1], 256, &args) }
+    // SAFETY: the arguments of `store_rows`; sizes checked above.
+    unsafe { device.launch(&f, [n.div_ceil(256), tables, 1], 256, &args, Start::Early) }
 }
 
 /// Queries `[tokens][heads][dim]` turned by `angles` `[tokens][dim / 2]` and scaled for the decode kernels, in f32.
@@ -232,7 +242,7 @@ pub fn turn_queries(
         Arg::Word(n as u32),
     ];
     // SAFETY: the arguments of `turn_queries`; sizes checked above.
-    unsafe { device.launch(&f, [n.div_ceil(256), 1, 1], 256, &args) }
+    unsafe { device.launch(&f, [n.div_ceil(256), 1, 1], 256, &args, Start::After) }
 }
 
 /// Scores come in units of log2 e.
@@ -269,13 +279,29 @@ impl Parts {
         Ok(())
     }
 
-    pub fn merge(&self, device: &Device, out: &Buffer) -> Result<(), CudaError> {
+    pub fn merge(&self, device: &Device, out: Out<'_>) -> Result<(), CudaError> {
+        let (out, halves) = match out {
+            Out::Floats(out) => (out, false),
+            Out::Halves(out) => (out, true),
+        };
+        if out.bytes() < self.rows * self.dim * if halves { 2 } else { 4 } {
+            return Err(CudaError::Append { problem: "no room for attention's output" });
+        }
         let f = device.function(&Build::plain(Source::Merge, self.dim), "merge", 0)?;
-        let args =
-            MergeArgs { pointers: [self.parts.at(), self.sums.at(), out.at()], splits: self.splits as u32, _end: 0 };
-        // SAFETY: the argument of `merge`; `out` has rows * dim floats (callers within the crate), the rest is ours.
+        let pointers = [self.parts.at(), self.sums.at(), out.at()];
+        let args = MergeArgs { pointers, splits: self.splits as u32, halves: halves.into() };
+        // SAFETY: the argument of `merge`; `out` has room (checked above), the rest is ours.
         unsafe { device.launch_early(&f, [self.rows, 1, 1], self.dim, 0, &args) }
     }
+}
+
+/// Where attention's output `[sequences][heads][dim]` goes.
+#[derive(Clone, Copy)]
+pub(crate) enum Out<'a> {
+    /// As f32.
+    Floats(&'a Buffer),
+    /// As fp16, which products read.
+    Halves(&'a Buffer),
 }
 
 /// Parts that a history is split into: the least time of the slowest multiprocessor, where a block of threads starts in
@@ -342,7 +368,7 @@ impl Batch {
         q: &Buffer,
         out: &Buffer,
     ) -> Result<(), CudaError> {
-        self.step.decode(device, tables, pool, turns, (&self.records, 0), q, out)
+        self.step.decode(device, tables, pool, turns, (&self.records, 0), q, Out::Floats(out))
     }
 }
 
@@ -396,6 +422,12 @@ impl DecodeStep {
         self.parts.resize(device, splits + usize::from(tail > 0))
     }
 
+    /// What its launches were told that may change from step to step.
+    pub fn key(&self) -> [u64; 4] {
+        let Parts { parts, sums, splits, .. } = &self.parts;
+        [parts.at(), sums.at(), *splits as u64, self.share.into()]
+    }
+
     /// [`Batch::decode`] of the histories whose records lie in a buffer from a byte on.
     pub fn decode(
         &self,
@@ -405,10 +437,10 @@ impl DecodeStep {
         turns: &Turns,
         (records, from): (&Buffer, usize),
         q: &Buffer,
-        out: &Buffer,
+        out: Out<'_>,
     ) -> Result<(), CudaError> {
         let floats = self.sequences * self.heads * tables.dim;
-        if q.bytes().min(out.bytes()) < floats * 4 || records.bytes() < from + self.sequences * RECORD_BYTES {
+        if q.bytes() < floats * 4 || records.bytes() < from + self.sequences * RECORD_BYTES {
             return Err(CudaError::Append { problem: "fewer query rows or records than sequences" });
         }
         let shape = self.shape;

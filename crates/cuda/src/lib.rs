@@ -4,6 +4,7 @@
 //! nvrtc    CUDA C++ -> machine code of the card that is there
 //! modules  which kernels exist, compiled once and kept on disk
 //! device   a card: memory, launches, time
+//! graph    launches that are recorded and repeated
 //! blas     products of weights and activations, by cuBLASLt
 //! model    a model's forward pass on a card
 //! layer    a layer's quantizers, blocks and histories on a card; append, decode
@@ -23,6 +24,7 @@ mod dense;
 pub mod device;
 mod error;
 mod exact;
+mod graph;
 pub mod layer;
 pub mod model;
 pub mod modules;

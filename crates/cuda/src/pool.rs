@@ -211,6 +211,13 @@ impl History {
         ]
     }
 
+    /// Where all of it lies, and how much room there is.
+    pub(crate) fn places(&self, pool: &Pool) -> [u64; 6] {
+        let places = [&self.table, &self.open, &self.exact, &pool.blocks, &pool.arena].map(Buffer::at);
+        let [table, open, exact, blocks, arena] = places;
+        [table, open, exact, blocks, arena, pool.outliers as u64]
+    }
+
     /// Takes blocks for so many more tokens from the pool.
     ///
     /// # Errors

@@ -89,7 +89,7 @@ impl Prefill {
             return Err(CudaError::Append { problem: "more queries than there is room for" });
         }
         let place = Rows { dim, heads, first: 0, capacity: queries };
-        store_rows(device, q, Some(angles), self.q.at(), query_scale(dim), &place, queries)?;
+        store_rows(device, q, None, angles, &self.q, query_scale(dim), &place, queries, None)?;
         (self.queries, self.started) = (queries, false);
         Ok(())
     }

@@ -10,7 +10,7 @@ use super::work::Work;
 use crate::CudaError;
 use crate::device::{Buffer, Device};
 use crate::exact::{ExactCache, ExactDecode};
-use crate::layer::{BLOCK, DecodeStep, History, Pool, Tables, Turns, append_exact, append_from};
+use crate::layer::{BLOCK, DecodeStep, History, Out, Pool, Tables, Turns, append_exact, append_from};
 use crate::pool::{RECORD_BYTES, most_outliers};
 use crate::prefill::SECTION;
 
@@ -21,10 +21,20 @@ const ROOM: usize = 1024;
 
 const NO_DENSE: CudaError = CudaError::Append { problem: "no rows to decode blocks into" };
 
+/// Tokens after which the work of a step is split anew between the processors, so that a recorded step serves for as many.
+const SPLIT_ANEW: usize = 256;
+
 /// The caches of all layers.
 pub(super) enum Kept {
-    Exact { layers: Vec<ExactCache>, decode: ExactDecode },
+    Exact(Box<Exact>),
     Coded(Box<Coded>),
+}
+
+pub(super) struct Exact {
+    layers: Vec<ExactCache>,
+    decode: ExactDecode,
+    /// How many tokens each layer has after a step of one token.
+    after: Buffer,
 }
 
 pub(super) struct Coded {
@@ -74,7 +84,7 @@ impl Kept {
                 .map(|_| ExactCache::new(device, c.kv_heads, c.head_dim, ROOM))
                 .collect::<Result<Vec<_>, _>>()?;
             let decode = ExactDecode::new(device, &layers[0], c.heads)?;
-            return Ok(Kept::Exact { layers, decode });
+            return Ok(Kept::Exact(Box::new(Exact { layers, decode, after: device.zeros(4)? })));
         };
         let blocks = c.context.div_ceil(BLOCK);
         let sinks = spec.sinks();
@@ -100,11 +110,16 @@ impl Kept {
     /// Makes ready for a pass of `n` tokens after the first `start`.
     pub fn reserve(&mut self, device: &Device, start: usize, n: usize) -> Result<(), CudaError> {
         match self {
-            Kept::Exact { layers, decode } => {
+            Kept::Exact(e) => {
+                let Exact { layers, decode, after } = &mut **e;
                 for l in layers.iter_mut().filter(|l| l.capacity < start + n) {
                     l.grow(device, (start + n).next_power_of_two())?;
                 }
-                if n == 1 { decode.follow(device, &layers[0], start + 1) } else { Ok(()) }
+                if n > 1 {
+                    return Ok(());
+                }
+                device.write(after, 0, &[start as u32 + 1])?;
+                decode.follow(device, &layers[0], (start + 1).next_multiple_of(SPLIT_ANEW))
             }
             Kept::Coded(c) => c.reserve(device, start, n),
         }
@@ -123,11 +138,12 @@ impl Kept {
         work: &mut Work,
     ) -> Result<(), CudaError> {
         match self {
-            Kept::Exact { layers, decode } => {
-                let cache = &mut layers[layer];
-                cache.append(device, &work.k, &work.v, &work.angles[rotary], n)?;
+            Kept::Exact(e) => {
+                let Exact { layers, decode, after } = &mut **e;
+                let (cache, after) = (&mut layers[layer], (n == 1).then_some(&*after));
+                cache.append(device, &work.k, &work.v, &work.angles[rotary], n, after)?;
                 if n == 1 {
-                    return decode.decode(device, cache, &work.q, &work.attended);
+                    return decode.decode(device, cache, &work.q, Out::Halves(&work.attended), after);
                 }
                 work.prefill.load(device, &work.q, &work.angles[rotary], n)?;
                 work.prefill.attend_exact(device, cache, true, true)
@@ -136,11 +152,35 @@ impl Kept {
         }
     }
 
+    /// What the launches of a step of one token were told, once it was reserved, that may be other in the next step; nothing where
+    /// that token goes to no place that is read on the card.
+    pub fn step_key(&self) -> Option<Vec<u64>> {
+        match self {
+            Kept::Exact(e) => {
+                let layers = e.layers.iter().flat_map(|l| [l.rows.at(), l.capacity as u64]);
+                Some(layers.chain(e.decode.key()).collect())
+            }
+            Kept::Coded(c) => {
+                let is_coded = |l: &CodedLayer| l.history.exact().1 == c.sinks;
+                let layers = c.layers.iter().flat_map(|l| l.history.places(&l.pool));
+                c.layers.iter().all(is_coded).then(|| layers.chain(c.decode.key()).collect())
+            }
+        }
+    }
+
+    /// Takes note of the token that a repeated step has stored.
+    pub fn stored_one(&mut self) {
+        match self {
+            Kept::Exact(e) => e.layers.iter_mut().for_each(|l| l.tokens += 1),
+            Kept::Coded(c) => c.layers.iter_mut().for_each(|l| l.history.tokens += 1),
+        }
+    }
+
     /// How many of the first `len` tokens can be kept: codes are let go block by block.
     pub fn keepable(&self, held: usize, len: usize) -> usize {
         let len = len.min(held);
         match self {
-            Kept::Exact { .. } => len,
+            Kept::Exact(_) => len,
             Kept::Coded(_) if len == held => len,
             Kept::Coded(c) => len.min(c.sinks) + len.saturating_sub(c.sinks) / BLOCK * BLOCK,
         }
@@ -149,7 +189,7 @@ impl Kept {
     /// Keeps the first `len` tokens, what `keepable` gave.
     pub fn truncate(&mut self, device: &Device, len: usize) -> Result<(), CudaError> {
         match self {
-            Kept::Exact { layers, .. } => layers.iter_mut().for_each(|l| l.tokens = l.tokens.min(len)),
+            Kept::Exact(e) => e.layers.iter_mut().for_each(|l| l.tokens = l.tokens.min(len)),
             Kept::Coded(c) => {
                 for l in &mut c.layers {
                     l.history.truncate(&mut l.pool, len.min(c.sinks), len.saturating_sub(c.sinks) / BLOCK);
@@ -167,9 +207,9 @@ impl Kept {
     /// Bytes of all that is stored, and bits per element of an endless context. Room that is not used yet is left out.
     pub fn size(&self, device: &Device) -> Result<(usize, Option<f64>), CudaError> {
         match self {
-            Kept::Exact { layers, .. } => {
-                let bytes = layers.iter().map(|l| 2 * l.kv_heads * l.dim * 2 * l.tokens).sum();
-                Ok((bytes, layers.first().is_some_and(|l| l.tokens >= BLOCK).then_some(16.0)))
+            Kept::Exact(e) => {
+                let bytes = e.layers.iter().map(|l| 2 * l.kv_heads * l.dim * 2 * l.tokens).sum();
+                Ok((bytes, e.layers.first().is_some_and(|l| l.tokens >= BLOCK).then_some(16.0)))
             }
             Kept::Coded(c) => {
                 let (mut bytes, mut whole_bytes, mut elements) = (0, 0, 0);
@@ -238,21 +278,21 @@ impl Coded {
         let split = self.split(start, n);
         let (l, turns) = (&mut self.layers[layer], &self.turns[rotary]);
         if n == 1 {
-            l.store(device, split, rotary, work)?;
             let record = (&self.records, layer * RECORD_BYTES);
-            return self.decode.decode(device, &l.tables, &l.pool, turns, record, &work.q, &work.attended);
+            l.store(device, split, rotary, work, Some(record))?;
+            return self.decode.decode(device, &l.tables, &l.pool, turns, record, &work.q, Out::Halves(&work.attended));
         }
         work.prefill.load(device, &work.q, &work.angles[rotary], n)?;
         if sight == Sight::Exact {
             let own = work.own.as_mut().ok_or(CudaError::Append { problem: "no rows for a chunk's own keys" })?;
             own.tokens = 0;
-            own.append(device, &work.k, &work.v, &work.angles[rotary], n)?;
+            own.append(device, &work.k, &work.v, &work.angles[rotary], n, None)?;
             let dense = work.dense.as_ref().ok_or(NO_DENSE)?;
             work.prefill.attend_coded(device, &l.tables, &l.pool, &l.history, turns, dense, SECTION, false)?;
             work.prefill.attend_exact(device, own, true, true)?;
-            return l.store(device, split, rotary, work);
+            return l.store(device, split, rotary, work, None);
         }
-        l.store(device, split, rotary, work)?;
+        l.store(device, split, rotary, work, None)?;
         let dense = work.dense.as_ref().ok_or(NO_DENSE)?;
         work.prefill.attend_seen(device, &l.tables, &l.pool, &l.history, turns, dense, SECTION, start + 1, true)
     }
@@ -265,6 +305,7 @@ impl CodedLayer {
         (exact, coded): (usize, usize),
         rotary: usize,
         work: &Work,
+        record: Option<(&Buffer, usize)>,
     ) -> Result<(), CudaError> {
         let Work { k, v, angles, .. } = work;
         if exact > 0 {
@@ -272,7 +313,7 @@ impl CodedLayer {
         }
         for from in (0..coded).step_by(self.pool.chunk) {
             let n = self.pool.chunk.min(coded - from);
-            append_from(device, &self.tables, &mut self.pool, &mut self.history, [k, v], exact + from, n)?;
+            append_from(device, &self.tables, &mut self.pool, &mut self.history, [k, v], exact + from, n, record)?;
         }
         Ok(())
     }

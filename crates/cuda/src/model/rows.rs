@@ -4,7 +4,7 @@
 use cudarc::driver::DeviceRepr;
 
 use crate::CudaError;
-use crate::device::{Arg, Buffer, Device};
+use crate::device::{Arg, Buffer, Device, Start};
 use crate::modules::{Build, Source};
 
 const THREADS: usize = 256;
@@ -87,7 +87,7 @@ impl Widths {
         ];
         // SAFETY: the arguments of `embed`; a row for each block of threads (checked above), tokens name rows of the table
         // (checked by the forward pass).
-        unsafe { device.launch(&f, [rows, 1, 1], THREADS, &args) }
+        unsafe { device.launch(&f, [rows, 1, 1], THREADS, &args, Start::Early) }
     }
 
     /// x += y, then out = norm(x) in fp16 where there is a weight. `first` is a row of x (y is whole).
@@ -130,7 +130,7 @@ impl Widths {
             eps: self.eps,
         };
         // SAFETY: the argument of `add_norm`; sizes checked above.
-        unsafe { device.launch_with(&f, [rows, 1, 1], THREADS, 0, &args) }
+        unsafe { device.launch_early(&f, [rows, 1, 1], THREADS, 0, &args) }
     }
 
     /// Rows of one product to queries (turned where there are angles, times `scale`), keys and values.
@@ -175,18 +175,11 @@ impl Widths {
             eps: self.eps,
         };
         // SAFETY: the argument of `heads`; sizes checked above.
-        unsafe { device.launch_with(&f, [self.heads + 2 * self.kv_heads, rows, 1], self.dim / 2, 0, &args) }
+        unsafe { device.launch_early(&f, [self.heads + 2 * self.kv_heads, rows, 1], self.dim / 2, 0, &args) }
     }
 
-    /// Attention's output to fp16 `[rows][heads][dim]`, from f32 of that shape or `[heads][rows][dim]`.
-    pub fn attended(
-        &self,
-        device: &Device,
-        x: &Buffer,
-        by_head: bool,
-        out: &Buffer,
-        rows: usize,
-    ) -> Result<(), CudaError> {
+    /// Attention's output to fp16 `[rows][heads][dim]`, from f32 `[heads][rows][dim]`.
+    pub fn attended(&self, device: &Device, x: &Buffer, out: &Buffer, rows: usize) -> Result<(), CudaError> {
         let pairs = rows * self.heads * self.dim / 2;
         room([(Some(x), pairs * 8), (Some(out), pairs * 4)])?;
         let f = self.function(device, "attended")?;
@@ -195,11 +188,10 @@ impl Widths {
             Arg::Long(out.at()),
             Arg::Word(rows as u32),
             Arg::Word(self.heads as u32),
-            Arg::Word(by_head as u32),
             Arg::Word(pairs as u32),
         ];
         // SAFETY: the arguments of `attended`; sizes checked above.
-        unsafe { device.launch(&f, [pairs.div_ceil(THREADS), 1, 1], THREADS, &args) }
+        unsafe { device.launch(&f, [pairs.div_ceil(THREADS), 1, 1], THREADS, &args, Start::Early) }
     }
 
     /// gate_up `[rows][2][intermediate]` to the input of the last product, `out`, and what each row of that is divided by.
@@ -223,7 +215,7 @@ impl Widths {
         ];
         let threads = (n / 2).div_ceil(32).clamp(1, 32) * 32;
         // SAFETY: the arguments of `gate`; sizes checked above.
-        unsafe { device.launch(&f, [rows, 1, 1], threads, &args) }
+        unsafe { device.launch(&f, [rows, 1, 1], threads, &args, Start::Early) }
     }
 }
 

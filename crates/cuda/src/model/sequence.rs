@@ -13,6 +13,7 @@ use super::work::Work;
 use super::{GpuModel, Parts};
 use crate::CudaError;
 use crate::device::Buffer;
+use crate::graph::Graph;
 use crate::layer::query_scale;
 use crate::pool::Pool;
 use crate::tables::angles;
@@ -27,8 +28,16 @@ pub struct OnGpu {
     coded: bool,
     status: Arc<Buffer>,
     work: Work,
+    step: Step,
     logits: Vec<f32>,
     len: usize,
+}
+
+/// The step of one token that ran last: what it was told, and its launches, recorded once the same comes again.
+#[derive(Default)]
+struct Step {
+    key: Option<Vec<u64>>,
+    graph: Option<Graph>,
 }
 
 impl OnGpu {
@@ -45,16 +54,25 @@ impl OnGpu {
         let kept = Kept::new(&model, spec, fit, &status)?;
         let coded = matches!(spec, Spec::Coded(_));
         let work = Work::new(&model, 1, coded)?;
-        Ok(OnGpu { model, kept, coded, status, work, logits: Vec::new(), len: 0 })
+        Ok(OnGpu { model, kept, coded, status, work, step: Step::default(), logits: Vec::new(), len: 0 })
     }
 
-    /// Runs all layers. Every count is as before but for the layers' histories.
+    /// Tokens to logits. Every count is as before but for the layers' histories.
     fn pass(&mut self, tokens: &[u32], wanted: Logits, sight: Sight) -> Result<(), CudaError> {
         let model = self.model.clone();
-        let Parts { device, blas, weights, config: c, widths, .. } = &*model;
+        let Parts { device, config: c, .. } = &*model;
         let (n, start) = (tokens.len(), self.len);
+        let picked = match wanted {
+            Logits::None => 0,
+            Logits::Last => 1,
+            Logits::All => n,
+        };
         if n > self.work.rows {
+            self.step = Step::default();
             self.work = Work::new(&model, n, self.coded)?;
+        }
+        if self.work.logits.bytes() < picked * c.vocab * 4 {
+            self.work.logits = device.room(picked * c.vocab * 4)?;
         }
         self.kept.reserve(device, start, n)?;
         let w = &mut self.work;
@@ -63,14 +81,45 @@ impl OnGpu {
             let all: Vec<[f32; 2]> = (start..start + n).flat_map(|p| angles(&r.inv_freq, p as f64)).collect();
             device.write(to, 0, &all)?;
         }
+        if n == 1 {
+            self.step(&model, picked, sight)?;
+        } else {
+            self.layers(&model, n, picked, sight)?;
+        }
+        self.logits.resize(picked * c.vocab, 0.0);
+        device.read_into(&self.work.logits, 0, &mut self.logits)?;
+        if let Some(cap) = c.logit_cap {
+            self.logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+        }
+        Ok(())
+    }
+
+    /// [`layers`](OnGpu::layers) of one token: recorded when it comes a second time, then repeated.
+    fn step(&mut self, model: &GpuModel, picked: usize, sight: Sight) -> Result<(), CudaError> {
+        let and = [picked as u64, self.work.logits.at()];
+        let key = self.kept.step_key().map(|places| places.into_iter().chain(and).collect());
+        if key.is_none() || key != self.step.key {
+            self.step = Step { key, graph: None };
+            return self.layers(model, 1, picked, sight);
+        }
+        if let Some(graph) = &mut self.step.graph {
+            graph.launch()?;
+            self.kept.stored_one();
+            return Ok(());
+        }
+        let mut graph = Graph::record(model.device(), || self.layers(model, 1, picked, sight))?;
+        graph.launch()?;
+        self.step.graph = Some(graph);
+        Ok(())
+    }
+
+    /// Launches what takes `n` tokens through all layers, and the head's product for the last `picked` of them.
+    fn layers(&mut self, model: &GpuModel, n: usize, picked: usize, sight: Sight) -> Result<(), CudaError> {
+        let Parts { device, blas, weights, config: c, widths, .. } = &**model;
+        let (start, w) = (self.len, &mut self.work);
         widths.embed(device, &w.tokens, &weights.embed.weights, &w.x, n, c.embedding_scale)?;
         let first = weights.layers.first().map(|l| &l.attn_norm);
         widths.add_norm(device, (&w.x, 0), None, first, &w.normed, n, (&self.status, 0))?;
-        let picked = match wanted {
-            Logits::None => 0,
-            Logits::Last => 1,
-            Logits::All => n,
-        };
         for (i, l) in weights.layers.iter().enumerate() {
             let rotary = c.attention[i].rotary;
             blas.product(device, &l.qkv, &w.normed, n, &w.qkv)?;
@@ -84,9 +133,10 @@ impl OnGpu {
             let (turned, scale) = if n == 1 { (Some(&w.angles[rotary]), query_scale(c.head_dim)) } else { (None, 1.0) };
             widths.heads(device, &w.qkv, &with, turned, scale, [&w.q, &w.k, &w.v], n)?;
             self.kept.extend(device, i, rotary, start, n, sight, w)?;
-            let (out, by_head) = if n == 1 { (&w.attended, false) } else { (w.prefill.out(), true) };
-            widths.attended(device, out, by_head, &w.attended_half, n)?;
-            blas.product(device, &l.o, &w.attended_half, n, &w.y)?;
+            if n > 1 {
+                widths.attended(device, w.prefill.out(), &w.attended, n)?;
+            }
+            blas.product(device, &l.o, &w.attended, n, &w.y)?;
             let added = Added { y: &w.y, scales: None, post: l.post_attn_norm.as_ref() };
             let status = (&*self.status, i);
             widths.add_norm(device, (&w.x, 0), Some(added), Some(&l.ffn_norm), &w.normed, n, status)?;
@@ -107,15 +157,7 @@ impl OnGpu {
                 let status = (&*self.status, c.layers);
                 widths.add_norm(device, last, None, Some(&weights.final_norm), &w.normed, picked, status)?;
             }
-            if w.logits.bytes() < picked * c.vocab * 4 {
-                w.logits = device.room(picked * c.vocab * 4)?;
-            }
             blas.product(device, &weights.head, &w.normed, picked, &w.logits)?;
-        }
-        self.logits.resize(picked * c.vocab, 0.0);
-        device.read_into(&w.logits, 0, &mut self.logits)?;
-        if let Some(cap) = c.logit_cap {
-            self.logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
         }
         Ok(())
     }

@@ -22,10 +22,8 @@ pub(super) struct Work {
     pub q: Buffer,
     pub k: Buffer,
     pub v: Buffer,
-    /// Attention's output of a single row
+    /// Attention's output in fp16
     pub attended: Buffer,
-    /// The same in fp16, of any rows
-    pub attended_half: Buffer,
     pub gate_up: Buffer,
     pub gated: Buffer,
     /// What rows of `gated` are divided by
@@ -57,8 +55,7 @@ impl Work {
             q: room(wide, 4)?,
             k: room(narrow, 4)?,
             v: room(narrow, 4)?,
-            attended: d.room(wide * 4)?,
-            attended_half: room(wide, 2)?,
+            attended: room(wide, 2)?,
             gate_up: room(2 * intermediate, 4)?,
             gated: room(intermediate, 2)?,
             scales: room(1, 4)?,
