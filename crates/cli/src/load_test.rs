@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use kvquant_server::load::{LoadOptions, LoadReport, Percentiles, run as load};
+use kvquant_server::load::{LoadOptions, LoadReport, Memory, Percentiles, run as load};
 
 use crate::failure::Input;
 use crate::output::{bytes, say};
@@ -85,12 +85,11 @@ fn print(r: &LoadReport) {
     row("first token, long prompt (s)", r.first_token_long);
     row("first token, common document (s)", r.first_token_shared);
     row("tokens/s of a stream", r.stream_rate);
-    let memory =
-        |(resident, caches): (u64, u64)| format!("{} ({} in caches)", bytes(resident as f64), bytes(caches as f64));
+    let memory = |m: Memory| format!("{} ({} in caches)", bytes(m.resident as f64), bytes(m.caches as f64));
     say!(
-        "memory {} before, {} after: {:+.1} % beside the caches",
-        memory(r.resident_before),
-        memory(r.resident_after),
+        "memory {} in the first quarter, {} in the last, medians: {:+.1} % beside the caches",
+        memory(r.memory_first),
+        memory(r.memory_last),
         r.growth_percent
     );
     for (error, n) in &r.errors {

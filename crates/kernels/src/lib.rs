@@ -7,7 +7,7 @@
 //! rowwise   norms, activations and residual sums between the products
 //! linalg    dense f32 products on strided slices
 //! dispatch  which instruction set this process uses
-//! memory    large pages for the cache
+//! memory    large pages for the cache and for weights
 //! threads   a pool for regions of microseconds
 //! ```
 //!

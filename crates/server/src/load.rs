@@ -73,6 +73,17 @@ pub struct Percentiles {
     pub p95: f64,
 }
 
+/// Bytes of the server's memory, read every second: medians, since requests that come and go move them by several percent.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Memory {
+    /// Resident.
+    pub resident: u64,
+    /// Of caches.
+    pub caches: u64,
+    /// Resident and not of caches.
+    pub beside: u64,
+}
+
 /// What came out.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct LoadReport {
@@ -98,11 +109,11 @@ pub struct LoadReport {
     pub first_token_shared: Percentiles,
     /// Tokens per second of a stream, after its first token.
     pub stream_rate: Percentiles,
-    /// Resident bytes after the first part, and of them in caches.
-    pub resident_before: (u64, u64),
-    /// The same at the end.
-    pub resident_after: (u64, u64),
-    /// Growth of what is resident and not in caches, in percent of all that is resident.
+    /// Memory in the first quarter of the second part.
+    pub memory_first: Memory,
+    /// Memory in its last quarter.
+    pub memory_last: Memory,
+    /// Growth of what is beside the caches from the one to the other, in percent of all that is resident.
     pub growth_percent: f64,
     /// Sequences that run or wait at the end.
     pub left_over: u64,
@@ -331,18 +342,45 @@ async fn clients(options: &LoadOptions, model: &str, time: Duration, seed: u64) 
     std::mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Resident bytes and those in caches, once nothing runs.
-async fn settled(options: &LoadOptions) -> Result<((u64, u64), u64), LoadError> {
+/// Sequences that are left once no more should run.
+async fn left_over(options: &LoadOptions) -> Result<u64, LoadError> {
     let mut left_over = 0;
     for _ in 0..100 {
         tokio::time::sleep(Duration::from_millis(100)).await;
         let text = get(options, "/metrics").await?;
         left_over = figure(&text, "kvquant_running") + figure(&text, "kvquant_waiting");
         if left_over == 0 {
-            return Ok(((figure(&text, "process_resident_memory_bytes"), figure(&text, "kvquant_kv_bytes")), 0));
+            break;
         }
     }
-    Ok(((0, 0), left_over))
+    Ok(left_over)
+}
+
+/// Runs some work and reads resident bytes and those of caches every second meanwhile.
+async fn watched<T>(options: &LoadOptions, work: impl Future<Output = T>) -> (T, Vec<(u64, u64)>) {
+    let (mut read, mut tick) = (Vec::new(), tokio::time::interval(Duration::from_secs(1)));
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            out = &mut work => return (out, read),
+            _ = tick.tick() => {
+                // A server that can't answer this one fails its clients too, which are counted.
+                if let Ok(text) = get(options, "/metrics").await {
+                    read.push((figure(&text, "process_resident_memory_bytes"), figure(&text, "kvquant_kv_bytes")));
+                }
+            }
+        }
+    }
+}
+
+/// The medians of some readings.
+fn memory(read: &[(u64, u64)]) -> Memory {
+    let median = |of: fn(&(u64, u64)) -> u64| {
+        let mut all: Vec<u64> = read.iter().map(of).collect();
+        all.sort_unstable();
+        all.get(all.len() / 2).copied().unwrap_or(0)
+    };
+    Memory { resident: median(|r| r.0), caches: median(|r| r.1), beside: median(|r| r.0.saturating_sub(r.1)) }
 }
 
 /// Runs the test; `say` hears how far it has come.
@@ -359,17 +397,17 @@ pub async fn load(options: LoadOptions, say: &mut dyn FnMut(&str)) -> Result<Loa
     let warm = options.time / 4;
     say(&format!("{} clients for {} s, the first part", options.clients, warm.as_secs()));
     let first = clients(&options, &model, warm, 1_000_000).await;
-    let (resident_before, _) = settled(&options).await?;
     let main = options.time - warm;
     say(&format!("{} clients for {} s", options.clients, main.as_secs()));
     let started = Instant::now();
-    let mut seen = clients(&options, &model, main, 1).await;
+    let (mut seen, read) = watched(&options, clients(&options, &model, main, 1)).await;
     let seconds = started.elapsed().as_secs_f64();
-    let (resident_after, left_over) = settled(&options).await?;
+    let left_over = left_over(&options).await?;
+    let quarter = read.len().div_ceil(4);
+    let (memory_first, memory_last) = (memory(&read[..quarter]), memory(&read[read.len() - quarter..]));
     for (e, n) in first.errors {
         *seen.errors.entry(e).or_default() += n;
     }
-    let beside = |(resident, caches): (u64, u64)| resident as f64 - caches as f64;
     let [short, long, shared] = seen.first;
     Ok(LoadReport {
         one_stream,
@@ -383,9 +421,10 @@ pub async fn load(options: LoadOptions, say: &mut dyn FnMut(&str)) -> Result<Loa
         first_token_long: percentiles(long),
         first_token_shared: percentiles(shared),
         stream_rate: percentiles(seen.rates),
-        resident_before,
-        resident_after,
-        growth_percent: 100.0 * (beside(resident_after) - beside(resident_before)) / resident_before.0.max(1) as f64,
+        memory_first,
+        memory_last,
+        growth_percent: 100.0 * (memory_last.beside as f64 - memory_first.beside as f64)
+            / memory_first.resident.max(1) as f64,
         left_over,
     })
 }

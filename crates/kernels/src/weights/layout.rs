@@ -32,6 +32,7 @@
 use half::{bf16, f16};
 
 use super::WeightType;
+pub(super) use crate::memory::Line;
 
 /// Rows of a panel.
 pub(super) const ROWS: usize = 16;
@@ -39,25 +40,6 @@ pub(super) const ROWS: usize = 16;
 pub(super) const BLOCK: usize = 32;
 /// Blocks that share what a k-quant's super-block shares.
 pub(super) const SUPER: usize = 8;
-
-/// A cache line of packed weights.
-#[derive(Debug, Clone, Copy)]
-#[repr(align(64))]
-pub(super) struct Line(pub [u8; 64]);
-
-impl Line {
-    pub const ZERO: Line = Line([0; 64]);
-
-    pub fn bytes(lines: &[Line]) -> &[u8] {
-        // SAFETY: a Line is 64 bytes without padding.
-        unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), 64 * lines.len()) }
-    }
-
-    pub fn bytes_mut(lines: &mut [Line]) -> &mut [u8] {
-        // SAFETY: as above, and any bytes are a Line.
-        unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), 64 * lines.len()) }
-    }
-}
 
 /// What scales a block has; see the drawing above.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

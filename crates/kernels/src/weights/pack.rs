@@ -7,12 +7,13 @@ use super::file::{Block, FileWeight};
 use super::floats::Lanes;
 use super::layout::{self, BLOCK, Layout, Line, ROWS, SUPER, Scales};
 use crate::dispatch::{self, DispatchError};
+use crate::memory::Lines;
 
 /// Panels: codes or floats, and scales; drawn in `layout`.
 #[derive(Debug)]
 pub(super) struct Packed {
-    codes: Vec<Line>,
-    scales: Vec<Line>,
+    codes: Lines,
+    scales: Lines,
     /// Lines of codes and of scales of a panel.
     lines: (usize, usize),
 }
@@ -41,8 +42,8 @@ impl FileWeight {
         let panels = self.rows.div_ceil(ROWS);
         let (lines, scale_lines) = layout::panel_lines(self.ty, self.cols);
         let mut p = Packed {
-            codes: vec![Line::ZERO; panels * lines],
-            scales: vec![Line::ZERO; panels * scale_lines],
+            codes: Lines::zeros(panels * lines),
+            scales: Lines::zeros(panels * scale_lines),
             lines: (lines, scale_lines),
         };
         match layout::layout(self.ty) {
