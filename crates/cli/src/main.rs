@@ -27,7 +27,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// A server allocates and frees for days: this allocator gives back what is free, as the cache's own memory for blocks does.
+/// A server allocates and frees for days: this allocator gives back what is free. It has small pages, since large ones keep what
+/// lies between; blocks and weights have large ones of their own.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
