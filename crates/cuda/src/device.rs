@@ -1,17 +1,21 @@
-//! A card: memory, launches, time.
+//! A card: memory, launches; `time` measures them.
 #![allow(unsafe_code)]
 
+mod time;
+
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
 
 use bytemuck::Pod;
 use cudarc::driver::sys::{
-    CUdevice_attribute_enum as Attribute, CUevent_flags_enum, CUfunction_attribute_enum, CUlaunchAttribute,
-    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, cuLaunchKernelEx, is_culib_present,
+    CUdevice_attribute_enum as Attribute, CUfunction_attribute_enum, CUgraphInstantiate_flags, CUlaunchAttribute,
+    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUstreamCaptureMode, cuLaunchKernelEx,
+    is_culib_present,
 };
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig,
+    CudaContext, CudaEvent, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig,
 };
 use cudarc::nvrtc::Ptx;
 
@@ -62,8 +66,15 @@ pub struct Device {
     stream: Arc<CudaStream>,
     side: Arc<CudaStream>,
     modules: Modules,
+    /// Stands for the main stream on a thread that records, so that what other threads do is not recorded too.
+    recording: Arc<CudaStream>,
+    records: Mutex<()>,
     loaded: Mutex<HashMap<Build, HashMap<&'static str, CudaFunction>>>,
     info: Info,
+}
+
+thread_local! {
+    static RECORDS: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A queue of work. What is in the side queue may run beside the main one's, where that leaves room on the card.
@@ -142,7 +153,9 @@ impl Device {
         let (last, first) = cudarc::driver::result::stream::get_priority_range().during("ask for priorities")?;
         let stream = context.new_stream_with_priority(first).during("make a stream")?;
         let side = context.new_stream_with_priority(last).during("make a stream")?;
-        Ok(Device { context, stream, side, modules, loaded: Mutex::new(HashMap::new()), info })
+        let recording = context.new_stream().during("make a stream")?;
+        let (records, loaded) = (Mutex::new(()), Mutex::new(HashMap::new()));
+        Ok(Device { context, stream, side, modules, recording, records, loaded, info })
     }
 
     /// What the driver tells.
@@ -274,7 +287,22 @@ impl Device {
 
     /// The stream that does everything.
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
-        &self.stream
+        self.queue(Queue::Main)
+    }
+
+    /// Records what `launches` would put into the main queue.
+    pub(crate) fn record(&self, launches: impl FnOnce() -> Result<(), CudaError>) -> Result<CudaGraph, CudaError> {
+        const DURING: &str = "record a graph";
+        let _alone = self.records.lock().unwrap_or_else(|e| e.into_inner());
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.recording.begin_capture(mode).during(DURING)?;
+        RECORDS.set(true);
+        let launched = launches();
+        RECORDS.set(false);
+        // Ended in any case, or the stream would go on recording.
+        let graph = self.recording.end_capture(CUgraphInstantiate_flags(0)).during(DURING);
+        launched?;
+        graph?.ok_or(CudaError::Append { problem: "nothing was recorded" })
     }
 
     /// Makes this card the current one of the calling thread.
@@ -417,6 +445,7 @@ impl Device {
 
     fn queue(&self, queue: Queue) -> &Arc<CudaStream> {
         match queue {
+            Queue::Main if RECORDS.get() => &self.recording,
             Queue::Main => &self.stream,
             Queue::Side => &self.side,
         }
@@ -430,43 +459,6 @@ impl Device {
     /// What comes into a queue from now on begins after a mark.
     pub(crate) fn after(&self, queue: Queue, mark: &Mark) -> Result<(), CudaError> {
         self.queue(queue).wait(&mark.0).during("wait for an event")
-    }
-
-    fn event(&self) -> Result<CudaEvent, CudaError> {
-        let event = self.context.new_event(Some(CUevent_flags_enum::CU_EVENT_DEFAULT)).during("make an event")?;
-        event.record(&self.stream).during("record an event")?;
-        Ok(event)
-    }
-
-    /// Seconds that a call takes: the median of `runs` timings of `each` calls in a row. Calls are numbered, so that they
-    /// can rotate over buffers.
-    ///
-    /// # Errors
-    /// A call fails.
-    pub fn time(
-        &self,
-        runs: usize,
-        each: usize,
-        mut call: impl FnMut(usize) -> Result<(), CudaError>,
-    ) -> Result<f64, CudaError> {
-        let mut n = 0;
-        let mut times = Vec::with_capacity(runs);
-        for _ in 0..each.min(2) {
-            call(n)?;
-            n += 1;
-        }
-        self.wait()?;
-        for _ in 0..runs {
-            let start = self.event()?;
-            for _ in 0..each {
-                call(n)?;
-                n += 1;
-            }
-            let end = self.event()?;
-            times.push(start.elapsed_ms(&end).during("time a kernel")? as f64 / 1e3 / each as f64);
-        }
-        times.sort_by(f64::total_cmp);
-        Ok(times[times.len() / 2])
     }
 }
 

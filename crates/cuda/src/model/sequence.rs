@@ -103,12 +103,12 @@ impl OnGpu {
             return self.layers(model, 1, picked, sight);
         }
         if let Some(graph) = &mut self.step.graph {
-            graph.launch()?;
+            graph.launch(model.device())?;
             self.kept.stored_one();
             return Ok(());
         }
         let mut graph = Graph::record(model.device(), || self.layers(model, 1, picked, sight))?;
-        graph.launch()?;
+        graph.launch(model.device())?;
         self.step.graph = Some(graph);
         Ok(())
     }
