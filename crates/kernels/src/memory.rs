@@ -4,6 +4,7 @@
 //! span      [block | block | block | free        | block | free ]    a multiple of 2 MiB, in large pages where the system has them
 //! used      1 1 1 1 1 1 1 1 1 1 1 1 1 0 0 0 0 0 0 1 1 1 1 0 0 0      a bit for each 64 bytes
 //! block     holders 8 bytes, then 8 unused | its words | up to 64 bytes
+//! weights   lines of 64 bytes, in spans of their own
 //! ```
 //!
 //! An allocator for everything rounds such sizes up to classes an eighth apart, and so leaves blocks of one class at one distance
