@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use kvquant_kernels::threads;
 use kvquant_quant::TokenCodes;
 use kvquant_quant::pack::BLOCK_TOKENS;
 
@@ -430,6 +431,10 @@ fn quantize(
     value: &mut TokenCodes,
 ) -> Result<(), TokenError> {
     use kvquant_quant::Side;
-    quantizers.key.quantize(k, key).map_err(|e| (Side::Key, e))?;
-    quantizers.value.quantize(v, value).map_err(|e| (Side::Value, e))
+    // A side a thread: their bounds come from memory.
+    let mut sides = [(&quantizers.key, k, key, Ok(())), (&quantizers.value, v, value, Ok(()))];
+    threads::for_each_mut(&mut sides, |_, (quantizer, x, codes, done)| *done = quantizer.quantize(x, codes));
+    let [(.., key), (.., value)] = sides;
+    key.map_err(|e| (Side::Key, e))?;
+    value.map_err(|e| (Side::Value, e))
 }

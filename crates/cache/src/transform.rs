@@ -6,6 +6,7 @@
 use kvquant_kernels::linalg::gemm;
 use kvquant_kernels::rope::Rotation;
 use kvquant_kernels::rowwise::vec_mat;
+use kvquant_kernels::threads;
 use kvquant_quant::MixedFit;
 
 use crate::sequence::CacheShape;
@@ -20,7 +21,8 @@ pub(crate) struct Transform {
     transposed: Vec<f32>,
 }
 
-/// Tokens up to which heads are turned one by one.
+/// Tokens up to which heads are turned one by one, on all threads: bases come from memory, which weights push them out to
+/// between two steps, faster for two threads than for one.
 const FEW: usize = 7;
 
 impl Transform {
@@ -52,10 +54,10 @@ impl Transform {
         out.resize(v.len(), 0.0);
         let width = self.turns.len() * d;
         if v.len() <= FEW * width {
-            let heads = v.chunks_exact(d).zip(out.chunks_exact_mut(d));
-            for ((from, to), basis) in heads.zip(self.transposed.chunks_exact(d * d).cycle()) {
-                vec_mat(from, basis, to);
-            }
+            let heads = self.turns.len();
+            threads::pieces_mut(out, d, |i, to| {
+                vec_mat(&v[i * d..][..d], &self.transposed[i % heads * d * d..][..d * d], to);
+            });
             return;
         }
         for (h, basis) in self.bases.chunks_exact(d * d).enumerate() {
@@ -70,9 +72,9 @@ impl Transform {
         copy(out, turned);
         let (width, group) = (heads * d, heads / self.turns.len());
         if out.len() <= FEW * width {
-            for (i, (from, to)) in turned.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
-                vec_mat(from, &self.bases[i % heads / group * d * d..][..d * d], to);
-            }
+            threads::pieces_mut(out, d, |i, to| {
+                vec_mat(&turned[i * d..][..d], &self.bases[i % heads / group * d * d..][..d * d], to);
+            });
             return;
         }
         for h in 0..heads {
