@@ -15,6 +15,7 @@ const MOST: usize = 64 << 20;
 const SPARE: usize = 8 << 20;
 /// Bytes that a bit stands for.
 pub(super) const GRAIN: usize = 64;
+
 /// What lies in a pool's spans. Blocks come and go, and must not share spans with what stays.
 pub(super) enum Content {
     Blocks,
